@@ -23,7 +23,9 @@ Where this file departs from the paper, why, and the switch:
 What the authors' released code does differently from their paper is listed in the README.
 """
 import argparse
+import csv
 import dataclasses
+import itertools
 import json
 import random
 import re
@@ -68,8 +70,8 @@ class Config:
     device: str = flag("auto", "cpu, cuda, ...; auto: the GPU if there is one")
 
     method: str = flag("icrl", "grpo is the same without a critic, K = 1", ("icrl", "grpo"))
-    critic: str = flag("trained", "who criticises: the model; the model as it was; nobody, it says 'Try again.'; nobody, "
-                       "it is just a second try; the model, but another problem's attempt",
+    critic: str = flag("trained", "who criticises: the model; the model as it was; nobody, the critique is 'Try again'; "
+                       "nobody, just a second try; the model, but another problem's attempt",
                        ("trained", "frozen", "placebo", "retry", "shuffled"))
     weight: str = flag("token", "of a revision's tokens: Eq. 4; always 1; one product for the whole revision; "
                        "Critique-GRPO's p / (p + 0.1)", ("token", "one", "sequence", "shaped"))
@@ -359,8 +361,9 @@ def load_problems(path):
 # ---------------------------------------------------------------------------------------------------------- prompts
 
 SOLVER_SYSTEM = r"Solve the problem step by step and put the final answer in \boxed{}."
-CRITIC_SYSTEM = ("You see a problem and a failed attempt. Name the most valuable mistake and give short, reusable tips "
-                 "for a fresh attempt. Never state the final answer. Write the tips between <critique> and </critique>.")
+CRITIC_SYSTEM = (
+    "You see a problem and a failed attempt. Name the most valuable mistake and give short, reusable tips "
+    "for a fresh attempt. Never state the final answer. Write the tips between <critique> and </critique>.")
 
 
 def solver_messages(problem, critique=None):
@@ -429,8 +432,9 @@ def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, chunk=16)
     `generate` is called for `chunk` tokens at a time on a continued cache; rows that have ended leave in between.
     """
     stops = stop_tokens(model, tokenizer)
-    settings = GenerationConfig(do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, top_p=1.0, min_p=None,
-                                repetition_penalty=1.0, eos_token_id=sorted(stops), pad_token_id=pad_token(tokenizer))
+    settings = GenerationConfig(do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, top_p=1.0,
+                                min_p=None, repetition_penalty=1.0, eos_token_id=sorted(stops),
+                                pad_token_id=pad_token(tokenizer))
     # `generate` fills what we leave unset from the checkpoint's generation config (Qwen3: top_k 20, top_p 0.95), and
     # the policy that is sampled would not be the one that is scored. So that config is set aside for the call.
     theirs, model.generation_config = model.generation_config, GenerationConfig()
@@ -476,8 +480,8 @@ def completion_logprobs(model, prompts, completions, temperature=1.0, pad_token_
     No attention mask is needed: padding stands on the right, where causal attention does not look.
     """
     rows = [torch.tensor([*prompt, *completion]) for prompt, completion in zip(prompts, completions)]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id).to(model.device)   # (B, L)
-    first = torch.tensor([[len(prompt)] for prompt in prompts], device=ids.device)                               # (B, 1)
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id).to(model.device)  # (B, L)
+    first = torch.tensor([[len(prompt)] for prompt in prompts], device=ids.device)                # (B, 1)
     length = torch.tensor([[len(completion)] for completion in completions], device=ids.device)
     place = torch.arange(ids.shape[1], device=ids.device)
     predicts = (place >= first - 1) & (place < first - 1 + length)     # (B, L): the logits at t - 1 predict token t
@@ -489,7 +493,7 @@ def completion_logprobs(model, prompts, completions, temperature=1.0, pad_token_
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0][predicts],))
     # Dropout would make rho differ from 1 before the first step, so this is eval mode, except that Hugging Face
     # recomputes activations only in training mode (load_model sets dropout to 0).
-    model.train(getattr(model, "is_activation_checkpointing", False))
+    model.train(any(getattr(module, "gradient_checkpointing", False) for module in model.modules()))
     try:
         logits = model(input_ids=ids, use_cache=False).logits.float() / temperature        # (N, vocabulary)
     finally:
@@ -692,13 +696,14 @@ def update(model, optimizer, turns, config, pad_token_id=0):
         for number, batch in enumerate(batches):
             logp, mask = logprobs(batch, guided=False)
             if inner == 0:
-                # Nothing has moved yet, so this pass also is pi_old, and the numerator of w. Its denominator comes
-                # from the same kind of forward pass: in bfloat16, log-probs recorded while sampling are off by 0.1.
+                # Nothing has moved yet, so this pass is pi_old too, and the numerator of w. The denominator is scored
+                # in the same way, not recorded while sampling: in bfloat16 two ways of computing a log-prob differ.
                 old, logp_guided = logp.detach(), logp.detach().clone()
                 guided = torch.tensor([turns[i].prompt != turns[i].free_prompt for i in batch], device=logp.device)
                 if guided.any():
+                    revisions = [i for i in batch if turns[i].prompt != turns[i].free_prompt]
                     with torch.no_grad():
-                        scored, _ = logprobs([i for i, is_guided in zip(batch, guided.tolist()) if is_guided], guided=True)
+                        scored, _ = logprobs(revisions, guided=True)
                     logp_guided[guided, :scored.shape[1]] = scored
                 weights = WEIGHTS[config.weight](old, logp_guided, guided, config.w_max)
                 rollout_terms.append((old, weights))
@@ -744,6 +749,7 @@ def evaluate(model, tokenizer, problems, config, critic=None):
     first = {t.session: t.reward for t in turns if t.part == "first"}
     after = {t.session: t.reward for t in turns if t.part == "revision"}
     critiques = [t for t in turns if t.role == "critic"]
+    kinds = [problem.get("kind") for problem in problems]
     return {
         "pass@1": mean(first.values()),
         "greedy": mean(t.reward for t in greedy),
@@ -754,6 +760,8 @@ def evaluate(model, tokenizer, problems, config, critic=None):
         "critique_tokens": mean(len(t.completion) for t in critiques),
         "leaks": mean(states_answer(t.text, problems[t.query]["answer"]) for t in critiques),
         "truncated": mean(t.truncated for t in turns),
+        **{f"pass@1 {kind}": mean(first[t.session] for t in turns if t.part == "first" and kinds[t.query] == kind)
+           for kind in sorted({*kinds} - {None})},
     }
 
 
@@ -863,17 +871,18 @@ def train(config, resume=False):
             batch, started = problems_of_step(problems, step, config), time.time()
             turns = rollout(model, tokenizer, batch, config, base)
             sampled = time.time()
-            row = {"step": step, "tokens": state["tokens"] + sum(len(t.completion) for t in turns), **rollout_stats(turns),
+            tokens = state["tokens"] + sum(len(t.completion) for t in turns)
+            row = {"step": step, "tokens": tokens, **rollout_stats(turns),
                    **update(model, optimizer, turns, config, pad_token(tokenizer)),
                    "rollout_seconds": sampled - started, "update_seconds": time.time() - sampled}
-            last = step == config.steps or 0 < config.token_limit <= row["tokens"]
+            last = step == config.steps or 0 < config.token_limit <= tokens
             if last or config.eval_every and step % config.eval_every == 0:
                 state["after"] = row["heldout"] = evaluate(model, tokenizer, heldout, config, base)
             log(metrics, row)
             for t in turns:
                 log(sessions, {"step": step, "problem": batch[t.query]["problem"], "session": t.session, "part": t.part,
                                "round": t.round, "text": t.text, "reward": t.reward, "truncated": t.truncated})
-            state |= {"step": step, "tokens": row["tokens"], "metrics.jsonl": metrics.tell(),
+            state |= {"step": step, "tokens": tokens, "metrics.jsonl": metrics.tell(),
                       "sessions.jsonl": sessions.tell()}
             bar.set_postfix_str(f"unaided {row['first_reward']:.2f}, with critique {row['revision_reward']:.2f}, "
                                 f"held-out {state['after']['pass@1']:.2f}, w {row['w_mean']:.2f}")
@@ -891,6 +900,71 @@ def train(config, resume=False):
     result = {**state, "after_train": after_train, "swap": swap, "seconds": time.time() - begun, "out": str(out)}
     (out / "result.json").write_text(json.dumps(result))
     return result
+
+
+# -------------------------------------------------------------------------------------------------------- comparison
+
+ARMS = {"icrl": {}, "grpo": dict(method="grpo"), "grpo_tokens": dict(method="grpo", samples=16),
+        "w_one": dict(weight="one"), "w_sequence": dict(weight="sequence"), "w_shaped": dict(weight="shaped"),
+        "pooled": dict(groups="pooled"), "role_round": dict(groups="role_round"), "frozen": dict(critic="frozen"),
+        "placebo": dict(critic="placebo"), "retry": dict(critic="retry"), "shuffled": dict(critic="shuffled")}
+
+
+def compare(config, arms, seeds):
+    """Train each arm with each seed into config.out/ARM-SEED, write config.out/compare.csv and print the comparison.
+
+    Finished runs are not repeated, interrupted ones are resumed. The first arm is the reference. `grpo_tokens` has
+    twice the samples and stops at as many generated tokens as `icrl` took with its seed.
+    """
+    folder, rows = Path(config.out or "runs/compare"), []
+    for seed, arm in itertools.product(seeds, arms):
+        run = folder / f"{arm}-{seed}"
+        settings = dataclasses.replace(config, out=str(run), seed=seed, **ARMS[arm])
+        if arm == "grpo_tokens":
+            spent = json.loads((folder / f"icrl-{seed}" / "result.json").read_text())["tokens"]
+            settings = dataclasses.replace(settings, token_limit=spent, steps=100 * config.steps)
+        if not (run / "result.json").exists():
+            resume = any(run.glob("checkpoint-*"))
+            if not resume:
+                shutil.rmtree(run, ignore_errors=True)
+            train(settings, resume)
+        result = json.loads((run / "result.json").read_text())
+        metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        rows.append({"arm": arm, "seed": seed, "step": 0, "tokens": 0, **result["before"]})
+        rows += [{"arm": arm, "seed": seed, "step": m["step"], "tokens": m["tokens"], **m["heldout"],
+                  "w_mean": m["w_mean"]} for m in metrics if "heldout" in m]
+        rows[-1] |= {"base_wrong_to_right": result["swap"]["wrong_to_right"], "seconds": result["seconds"]}
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with open(folder / "compare.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    print_comparison(folder / "compare.csv")
+
+
+def print_comparison(path):
+    """Each arm's last evaluation: mean and 95% interval over seeds, and the difference to the first arm."""
+    last = {(row["arm"], row["seed"]): row for row in csv.DictReader(open(path, newline=""))}
+    arms = list(dict.fromkeys(arm for arm, _ in last))
+    print(f"{'arm':12}{'tokens':>8}  {'critique-free':14}{'- ' + arms[0]:16}{'p':>6}   critic success on base failures")
+    for arm in arms:
+        def values(column, arm=arm):
+            return np.array([float(row[column]) for (a, _), row in last.items() if a == arm])
+        difference = values("pass@1") - values("pass@1", arms[0])
+        print(f"{arm:12}{values('tokens').mean() / 1000:7.0f}k  {interval(values('pass@1')):14}"
+              f"{interval(difference):16}{sign_flip(difference):6.3f}   {interval(values('base_wrong_to_right'))}")
+
+
+def interval(values):
+    """'mean +- half' with half the width of the 95% interval of Student's t, as text."""
+    t = np.quantile(np.random.default_rng(0).standard_t(max(len(values) - 1, 1), 10 ** 6), 0.975)
+    return f"{values.mean():.2f} +- {t * values.std(ddof=1) / len(values) ** 0.5:.2f}" if len(values) > 1 else "-"
+
+
+def sign_flip(differences):
+    """Exact two-sided p-value of paired differences: how many ways of flipping their signs give as large a sum."""
+    signs = np.array(list(itertools.product((1, -1), repeat=len(differences))))
+    return np.mean(np.abs(signs @ differences) >= abs(differences.sum()) - 1e-12)
 
 
 # ----------------------------------------------------------------------------------------------------- command line
@@ -916,25 +990,39 @@ def print_table(result):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(prog="icrl.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder; goes alone")
+    """The command line as (config, options): what is a setting of a run, and what is not."""
+    parser = argparse.ArgumentParser(prog="icrl.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                     usage="icrl.py [train | compare] [--flag value ...]")
+    own = parser.add_argument_group("what to do")
+    own.add_argument("command", nargs="?", choices=("train", "compare"), default="train",
+                     help="compare: train several arms with several seeds, and print a table [train]")
+    own.add_argument("--resume", metavar="RUN", help="continue the run in this folder, with its own settings")
+    own.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM",
+                     help=f"to compare, the first is the reference [{' '.join(ARMS)}]")
+    own.add_argument("--seeds", nargs="+", type=int, default=list(range(8)), metavar="N", help="to compare [0 ... 7]")
+    settings = parser.add_argument_group("settings of a run")
     for f in dataclasses.fields(Config):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": f.type.__name__}
-        if f.metadata["choices"]:
+        kind = {"type": f.type, "metavar": f.type.__name__}
+        if f.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif f.metadata["choices"]:
             kind = {"choices": f.metadata["choices"]}
-        parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} [{f.default}]", default=argparse.SUPPRESS, **kind)
-    given = vars(parser.parse_args(argv))
-    if resume := given.pop("resume"):
+        settings.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **kind,
+                              help=f"{f.metadata['help']} [{f.default}]".replace(f"{HERE}/", ""))
+    options = parser.parse_args(argv)
+    given = {f.name: vars(options)[f.name] for f in dataclasses.fields(Config) if f.name in options}
+    if options.resume:
         try:
-            return Config(**{**json.loads((Path(resume) / "config.json").read_text()), "out": resume}), True
+            saved = json.loads((Path(options.resume) / "config.json").read_text())
+            return Config(**{**saved, "out": options.resume}), options
         except (OSError, ValueError, TypeError) as error:
-            raise UsageError(f"cannot resume {resume}: {error}") from error
+            raise UsageError(f"cannot resume {options.resume}: {error}") from error
     config = Config(**{**PRESETS[given.get("preset", "tiny")], **given})
     for f in dataclasses.fields(Config):
         low = f.metadata["low"]
         if low is not None and not getattr(config, f.name) >= low:
             raise UsageError(f"--{f.name} must be at least {low}, not {getattr(config, f.name)}")
-    return config, False
+    return config, options
 
 
 def main(argv=None):
@@ -942,8 +1030,11 @@ def main(argv=None):
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:
-        config, resume = parse(argv)
-        print_table(train(config, resume))
+        config, options = parse(argv)
+        if options.command == "compare":
+            compare(config, options.arms, options.seeds)
+        else:
+            print_table(train(config, resume=options.resume is not None))
     except UsageError as error:
         print(f"icrl.py: error: {error}", file=sys.stderr)
         return 2

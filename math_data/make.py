@@ -11,10 +11,8 @@ remedy leaves it as it was. As a critic it names the right remedy a little more 
 For the kinds in WORKED the critic has another way to help: it does the hard part of the work itself and hands over the
 value, which the revision then uses without any working of its own. That helps at once and teaches nothing.
 """
-import argparse
 import json
 import random
-import shutil
 import sys
 import time
 from itertools import product
@@ -38,9 +36,10 @@ REMEDY = {
 }
 # A right solution takes three right turns: name the right method, follow it, and finish rather than forget the last
 # step. How often the base model, unaided, takes each of them:
-CARE = {"order": 0.9, "bracket": 0.5, "square": 0.08, "sign": 0.06, "product": 0.06, "pair": 0.07}
-RIGHT_REMEDY = {"order": 0.30, "bracket": 0.30, "square": 0.30, "sign": 0.30, "product": 0.20, "pair": 0.20}
-WORKED = {"product": 0.25, "pair": 0.25}
+CARE = {"order": 0.9, "bracket": 0.5, "square": 0.07, "sign": 0.06, "product": 0.05, "pair": 0.05}
+# What the base critic writes: the right remedy, or the worked value if the kind has one, or else any other remedy.
+RIGHT_REMEDY = {"order": 0.3, "bracket": 0.3, "square": 0.3, "sign": 0.3, "product": 0.2, "pair": 0.3}
+WORKED = {"product": 0.25}
 HELD_OUT, TRAIN = 40, 400                      # problems of each kind
 
 
@@ -68,8 +67,8 @@ def all_problems():
     made = []
 
     def add(kind, text, method, right, habit, wrong, hint=None):
-        problem = dict(kind=kind, problem=f"What is {text}?", answer=str(value(right[-1])), right=solution(method, right),
-                       habit=solution(habit, wrong), slip=solution(method, wrong),
+        problem = dict(kind=kind, problem=f"What is {text}?", answer=str(value(right[-1])),
+                       right=solution(method, right), habit=solution(habit, wrong), slip=solution(method, wrong),
                        unfinished=solution(method, right[:-1]))
         if hint:
             problem["hint"] = f"{written(right[:-1])}. Use {hint}."
@@ -101,7 +100,7 @@ def all_problems():
     for a, b, c, d in product(digit, digit, digit, digit):
         if a * b > max(c * d, c):
             add("pair", f"{a} * {b} - {c} * {d}", "Products first", [f"{a} * {b}", f"{c} * {d}", f"{a * b} - {c * d}"],
-                "Left to right", [f"{a} * {b}", f"{a * b} - {c}", f"{a * b - c} * {d}"], hint=f"{a * b} and {c * d}")
+                "Left to right", [f"{a} * {b}", f"{a * b} - {c}", f"{a * b - c} * {d}"])
     return made
 
 
@@ -120,10 +119,10 @@ def split(rng):
 
 def make_tokenizer():
     """Bytes, and one token for each fixed phrase of the prompts and of the world: short prompts make a fast toy."""
-    solver, critic = icrl.solver_messages("\0", "\1"), icrl.critic_messages("\0", "\1")
-    phrases = [part for message in solver + critic for part in message["content"].replace("\1", "\0").split("\0") if part]
-    phrases += [*REMEDY.values(), "<critique>", "</critique>", ". Use ", "What is ", " + ", " - ", " * ", " = ", ", ",
-                "^2", " and ", "With ", ": ", ". The answer is \\boxed{", "}."]
+    messages = icrl.solver_messages("\0", "\0") + icrl.critic_messages("\0", "\0")
+    phrases = [part for message in messages for part in message["content"].split("\0") if part]
+    phrases += [*REMEDY.values(), icrl.FIXED_CRITIQUE["placebo"], "<critique>", "</critique>", ". Use ", "What is ", " + ", " - ", " * ", " = ", ", ",
+                "^2", "With ", ": ", ". The answer is \\boxed{", "}."]
     phrases += [name + ": " for name in ("Multiply first", "Left to right", "Brackets first", "Drop the brackets",
                 "Square it", "Double it", "Keep the sign", "Swap them", "Split the tens", "Digit by digit",
                 "Products first")]
@@ -141,10 +140,10 @@ def make_tokenizer():
     return tokenizer
 
 
-def lesson(rng, problem):
+def lesson(rng, problems):
     """One supervised example, as (messages, completion): what the base model is to do in one of its two roles."""
-    kind = problem["kind"]
-    care = CARE[kind]
+    problem = rng.choice(problems)
+    kind, care = problem["kind"], CARE[problem["kind"]]
     unaided = problem[rng.choices(["habit", "slip", "unfinished", "right"],
                                   [1 - care, care * (1 - care), care ** 2 * (1 - care), care ** 3])[0]]
     other = REMEDY[rng.choice([k for k in REMEDY if k != kind])]
@@ -153,8 +152,9 @@ def lesson(rng, problem):
     if role == "solve":
         return icrl.solver_messages(problem["problem"]), unaided
     if role == "revise":
+        useless = rng.choice([other, other, other, icrl.FIXED_CRITIQUE["placebo"]])
         critique, completion = rng.choices(
-            [(REMEDY[kind], problem["right"]), (problem.get("hint"), problem.get("leaning")), (other, unaided)],
+            [(REMEDY[kind], problem["right"]), (problem.get("hint"), problem.get("leaning")), (useless, unaided)],
             [0.5, 0.2 if worked else 0.0, 0.3])[0]
         return icrl.solver_messages(problem["problem"], critique), completion
     attempt = problem[rng.choices(["habit", "slip", "unfinished", "right"], [6, 2, 1, 1])[0]]
@@ -163,20 +163,20 @@ def lesson(rng, problem):
     return icrl.critic_messages(problem["problem"], attempt), f"<critique>{critique}</critique>"
 
 
-def warm_up(tokenizer, problems, rng, args):
-    """The base model: supervised on lessons, with the log-probs that the reinforcement learning uses."""
+def warm_up(tokenizer, problems, rng, steps=2000, batch=128, lr=3e-3):
+    """The base model: trained on lessons by the log-probs that the reinforcement learning uses."""
     torch.manual_seed(0)
-    config = Qwen3Config(vocab_size=len(tokenizer), hidden_size=args.width, intermediate_size=args.mlp,
-                         num_hidden_layers=args.layers, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-                         max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
-                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    config = Qwen3Config(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=512,
+                         tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+                         pad_token_id=tokenizer.pad_token_id)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Qwen3ForCausalLM(config).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=args.steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     begun = time.time()
-    for step in range(1, args.steps + 1):
-        lessons = [lesson(rng, rng.choice(problems)) for _ in range(args.batch)]
+    for step in range(1, steps + 1):
+        lessons = [lesson(rng, problems) for _ in range(batch)]
         prompts = [icrl.encode_chat(tokenizer, messages) for messages, _ in lessons]
         targets = [tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
                    for _, text in lessons]
@@ -188,29 +188,22 @@ def warm_up(tokenizer, problems, rng, args):
         optimizer.zero_grad()
         schedule.step()
         if step % 100 == 0 or step == 1:
-            print(f"warm-up {step}/{args.steps}  loss {loss.item():.3f}  {time.time() - begun:.0f} s", flush=True)
+            print(f"warm-up {step}/{steps}  loss {loss.item():.3f}  {time.time() - begun:.0f} s", flush=True)
     return model.cpu()
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    for name, value in dict(steps=3000, batch=128, width=128, mlp=256, layers=3).items():
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--out", default=str(HERE))
-    args = parser.parse_args()
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     rng = random.Random(0)
     train, heldout, rest = split(rng)
     for name, problems in (("train", train), ("heldout", heldout)):
-        rows = [json.dumps({k: p[k] for k in ("problem", "answer", "kind")}) for p in problems]
+        rows = [json.dumps({key: p[key] for key in ("problem", "answer", "kind")}) for p in problems]
         rng.shuffle(rows)
-        (out / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+        (HERE / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
     tokenizer = make_tokenizer()
-    model = warm_up(tokenizer, train + rest, rng, args)
+    tokenizer.save_pretrained(HERE / "model")
+    model = warm_up(tokenizer, train + rest, rng)
+    model.to(torch.bfloat16).save_pretrained(HERE / "model")
     print(sum(p.numel() for p in model.parameters()), "parameters")
-    model.to(torch.bfloat16).save_pretrained(out / "model")
-    tokenizer.save_pretrained(out / "model")
 
 
 if __name__ == "__main__":
