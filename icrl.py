@@ -86,7 +86,7 @@ class Config:
     temperature: float = flag(1.0, "of sampling and of every log-prob", low=1e-3)
     thinking: bool = flag(False, "let a hybrid model think before it answers or criticises")
 
-    steps: int = flag(60, "training steps", low=1)
+    steps: int = flag(50, "training steps", low=1)
     token_limit: int = flag(0, "stop after so many generated tokens (0: no limit)", low=0)
     inner_steps: int = flag(1, "optimiser steps per rollout; from the second on, rho is not 1", low=1)
     lr: float = flag(3e-4, "learning rate, constant", low=0.0)
@@ -99,11 +99,11 @@ class Config:
     bf16: bool = flag(False, "compute in bfloat16; weights and optimiser stay float32")
     checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
 
-    eval_every: int = flag(20, "steps between evaluations (0: before and after only)", low=0)
+    eval_every: int = flag(25, "steps between evaluations (0: before and after only)", low=0)
     eval_problems: int = flag(240, "problems per evaluation at most", low=1)
     eval_samples: int = flag(1, "sessions per problem in an evaluation", low=1)
     show_every: int = flag(15, "steps between printed sessions (0: none)", low=0)
-    save_every: int = flag(20, "steps between checkpoints (0: none)", low=0)
+    save_every: int = flag(25, "steps between checkpoints (0: none)", low=0)
 
 
 PRESETS = {
@@ -421,7 +421,7 @@ def pad_token(tokenizer):
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, chunk=16):
     """One completion per prompt by Hugging Face `generate`; temperature 0 is greedy.
 
@@ -779,11 +779,14 @@ def load_model(name, config):
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attention_dropout=0.0)
     except (OSError, ValueError) as error:
-        raise UsageError(f"cannot load a model from {name!r}: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"cannot load a model from {name!r}: {str(error).strip()[:200]}") from error
     if not tokenizer.chat_template:
         raise UsageError(f"the tokenizer of {name!r} has no chat template; use an instruction-tuned model")
     if tokenizer.eos_token_id is None:
         raise UsageError(f"the tokenizer of {name!r} has no end-of-sequence token; completions would never end")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
     if config.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     auto = "cuda" if torch.cuda.is_available() else "cpu"
@@ -904,7 +907,7 @@ def train(config, resume=False):
 
 # -------------------------------------------------------------------------------------------------------- comparison
 
-ARMS = {"icrl": {}, "grpo": dict(method="grpo"), "grpo_tokens": dict(method="grpo", samples=16),
+ARMS = {"icrl": {}, "grpo": dict(method="grpo"), "grpo_tokens": dict(method="grpo"),
         "w_one": dict(weight="one"), "w_sequence": dict(weight="sequence"), "w_shaped": dict(weight="shaped"),
         "pooled": dict(groups="pooled"), "role_round": dict(groups="role_round"), "frozen": dict(critic="frozen"),
         "placebo": dict(critic="placebo"), "retry": dict(critic="retry"), "shuffled": dict(critic="shuffled")}
@@ -916,13 +919,16 @@ def compare(config, arms, seeds):
     Finished runs are not repeated, interrupted ones are resumed. The first arm is the reference. `grpo_tokens` has
     twice the samples and stops at as many generated tokens as `icrl` took with its seed.
     """
+    if "grpo_tokens" in arms and "icrl" not in arms[:arms.index("grpo_tokens")]:
+        raise UsageError("--arms: name icrl before grpo_tokens, which may spend as many tokens as icrl did")
     folder, rows = Path(config.out or "runs/compare"), []
     for seed, arm in itertools.product(seeds, arms):
         run = folder / f"{arm}-{seed}"
         settings = dataclasses.replace(config, out=str(run), seed=seed, **ARMS[arm])
         if arm == "grpo_tokens":
             spent = json.loads((folder / f"icrl-{seed}" / "result.json").read_text())["tokens"]
-            settings = dataclasses.replace(settings, token_limit=spent, steps=100 * config.steps)
+            settings = dataclasses.replace(settings, samples=2 * config.samples, token_limit=spent,
+                                           steps=100 * config.steps)
         if not (run / "result.json").exists():
             resume = any(run.glob("checkpoint-*"))
             if not resume:
@@ -958,7 +964,8 @@ def print_comparison(path):
 def interval(values):
     """'mean +- half' with half the width of the 95% interval of Student's t, as text."""
     t = np.quantile(np.random.default_rng(0).standard_t(max(len(values) - 1, 1), 10 ** 6), 0.975)
-    return f"{values.mean():.2f} +- {t * values.std(ddof=1) / len(values) ** 0.5:.2f}" if len(values) > 1 else "-"
+    half = t * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return f"{values.mean():.2f} +- {half:.2f}"
 
 
 def sign_flip(differences):
@@ -993,9 +1000,7 @@ def parse(argv):
     """The command line as (config, options): what is a setting of a run, and what is not."""
     parser = argparse.ArgumentParser(prog="icrl.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
                                      usage="icrl.py [train | compare] [--flag value ...]")
-    own = parser.add_argument_group("what to do")
-    own.add_argument("command", nargs="?", choices=("train", "compare"), default="train",
-                     help="compare: train several arms with several seeds, and print a table [train]")
+    own = parser.add_argument_group("what to do: train one run, or compare several arms with several seeds")
     own.add_argument("--resume", metavar="RUN", help="continue the run in this folder, with its own settings")
     own.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM",
                      help=f"to compare, the first is the reference [{' '.join(ARMS)}]")
@@ -1009,9 +1014,14 @@ def parse(argv):
             kind = {"choices": f.metadata["choices"]}
         settings.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **kind,
                               help=f"{f.metadata['help']} [{f.default}]".replace(f"{HERE}/", ""))
-    options = parser.parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = argv.pop(0) if argv[:1] in (["train"], ["compare"]) else "train"
+    options = parser.parse_args(argv, argparse.Namespace(command=command))
     given = {f.name: vars(options)[f.name] for f in dataclasses.fields(Config) if f.name in options}
     if options.resume:
+        if given or command != "train":
+            raise UsageError("--resume keeps the settings of the run; leave out "
+                             + (", ".join(f"--{name}" for name in given) or command))
         try:
             saved = json.loads((Path(options.resume) / "config.json").read_text())
             return Config(**{**saved, "out": options.resume}), options

@@ -341,7 +341,7 @@ def test_thinking_is_left_to_the_chat_template():
 
 # --------------------------------------------------------------------------------------------------------- sampling
 
-PROMPTS = [encode(text) for text in ("What is 2 + 2?", "?", "What is 1 + 2 + 3 + 4 + 5 + 6?", "?", "Why?")]
+PROMPTS = [[87, 104, 97, 116, 63], [63], list(range(40, 53)), [63], [87, 104, 121, 63]]  # the second comes twice
 HOSTILE_SETTINGS = dict(do_sample=True, temperature=0.1, top_k=1, top_p=0.01, min_p=0.9, typical_p=0.1, max_length=1,
                         repetition_penalty=5.0, no_repeat_ngram_size=1, min_new_tokens=9, suppress_tokens=[5, 6, EOS],
                         begin_suppress_tokens=[7], bad_words_ids=[[8]], epsilon_cutoff=0.1, eta_cutoff=0.1)
@@ -366,9 +366,11 @@ def test_what_is_sampled_is_the_softmax_at_the_temperature_and_nothing_else(temp
 
 def test_greedy_chunks_on_a_shared_cache_are_plain_generate_row_by_row():
     """Traps 8 and 9: prompts of unlike length are padded on the left; each of several stop tokens ends its row."""
-    model, stops, limit = tiny_model(), [EOS, *range(20, 250, 9)], 12
-    plain = [model.generate(torch.tensor([p]), do_sample=False, max_new_tokens=limit, eos_token_id=stops,
-                            pad_token_id=PAD)[0, len(p):].tolist() for p in PROMPTS]
+    model, limit = tiny_model(), 12
+    endless = [model.generate(torch.tensor([p]), do_sample=False, max_new_tokens=limit,
+                              pad_token_id=PAD)[0, len(p):].tolist() for p in PROMPTS]
+    stops = [EOS, endless[0][3], endless[2][7]]
+    plain = [row[:next((t + 1 for t, token in enumerate(row) if token in stops), limit)] for row in endless]
     assert len({len(row) for row in plain}) > 2 and max(map(len, plain)) == limit        # some stop early, one does not
     model.generation_config = GenerationConfig(**HOSTILE_SETTINGS | {"eos_token_id": stops[1:]})
     padded_with_eos, unpadded = copy.deepcopy(TOKENIZER), copy.deepcopy(TOKENIZER)
