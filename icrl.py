@@ -165,13 +165,16 @@ def extract_answer(text: str) -> str | None:
 
     What follows a `</think>` comes first; a box among the thoughts counts only if there is none behind them.
     """
-    return _last_box(text.rpartition("</think>")[2]) or _last_box(text)
+    thoughts, _, rest = text.rpartition("</think>")
+    return _last_box(rest) or _last_box(thoughts)
 
 
 def _last_box(text):
     """Braces are paired from the end, in linear time, so that one never closed cannot swallow a later box."""
     ends = []
-    for brace in reversed(list(re.finditer(r"\\?\\(?:boxed|fbox)\s*\{|\\[\\{}]|[{}]", text))):
+    text = text[:text.rfind("}") + 1]
+    braces = re.finditer(r"\\?\\(?:boxed|fbox)\s*\{|\\[\\{}]|[{}]", text) if re.search(r"\\f?box", text) else []
+    for brace in reversed(list(braces)):
         if brace[0] == "}":
             ends.append(brace.start())
         elif brace[0].endswith("{") and brace[0] != r"\{" and ends:
@@ -189,7 +192,10 @@ def is_correct(response: str, answer: str) -> bool:
     may come in any order; a tuple, an interval or a matrix may not. A name (x = 5), a unit or the base of a
     number (204_5) may be missing on one side, but two that differ are wrong. Words ignore case.
     """
-    boxed, gold = extract_answer(response), str(answer).strip()
+    gold = answer.strip() if isinstance(answer, str) else str(answer)
+    if len(re.findall(r"\\boxed", gold)) == 1:                   # a gold answer may come in its own box
+        gold = extract_answer(gold) or gold
+    boxed = extract_answer(response)
     if boxed is None or boxed == gold or max(len(boxed), len(gold)) > 400:    # too long to be worth parsing
         return boxed == gold
     return _same(_normalise(gold), _normalise(boxed))
@@ -225,7 +231,10 @@ def _same(gold, pred):
     if len(golds) > 1:
         return all(sum(_same(item, gold) for gold in golds) == sum(_same(item, pred) for pred in preds)
                    for item in golds)
-    gold, pred = (re.sub("=.*=", "=", text) for text in (golds[0], preds[0]))     # k = 2 + 3 = 5 says k = 5
+    # k = 2 + 3 = 5 says k = 5, and an inequality is an interval.
+    gold, pred = (_as_interval(re.sub("=.*=", "=", text)) for text in (golds[0], preds[0]))
+    if "∈" in gold and "∈" in pred:
+        return all(map(_same, gold.split("∈"), pred.split("∈")))
     if "=" in gold and "=" in pred:
         return _same_value(gold, pred) or all(map(_same, gold.split("="), pred.split("=")))
     bare = [re.sub(rf"^(?:{LABEL})?[=≈∈]", "", text) for text in (gold, pred)]
@@ -237,6 +246,19 @@ def _same(gold, pred):
         return form == pred_form and len(golds) == len(preds) and all(map(_same, golds, preds))
     (gold, gold_unit), (pred, pred_unit) = _take_unit(gold), _take_unit(pred)
     return "=" not in gold + pred and gold_unit in ("", pred_unit or gold_unit) and _same_value(gold, pred)
+
+
+def _as_interval(text):
+    """3<x≤4 is x∈(3,4], and 5≤x is x∈[5,∞)."""
+    parts = re.split("([<>≤≥])", text)
+    if ">" in parts or "≥" in parts:
+        parts = [part.translate({ord(">"): "<", ord("≥"): "≤"}) for part in reversed(parts)]
+    if len(parts) == 3:
+        parts = ["-∞", "<", *parts] if re.fullmatch(VARIABLE, parts[0]) else [*parts, "<", "∞"]
+    if len(parts) != 5 or not re.fullmatch(VARIABLE, parts[2]):
+        return text
+    low, opening, name, closing, high = parts
+    return f"{name}∈{'(['[opening == '≤']}{low},{high}{')]'[closing == '≤']}"
 
 
 def _take_unit(text):
