@@ -911,7 +911,7 @@ def train(config, resume=False):
                       "sessions.jsonl": sessions.tell()}
             bar.set_postfix_str(f"unaided {row['first_reward']:.2f}, with critique {row['revision_reward']:.2f}, "
                                 f"held-out {state['after']['pass@1']:.2f}, w {row['w_mean']:.2f}")
-            if config.show_every and step % config.show_every == 1:
+            if config.show_every and (step - 1) % config.show_every == 0:
                 tqdm.write(f"one session of step {step}:\n{show_session(turns, batch)}")
             if not last and config.save_every and step % config.save_every == 0:
                 save(out, model, tokenizer, optimizer, state)
@@ -921,6 +921,7 @@ def train(config, resume=False):
     tokenizer.save_pretrained(out / "model")
     after_train = evaluate(model, tokenizer, problems, config, base)
     # The trained solver's failures are not the base solver's, so the critics are compared on the latter's.
+    del optimizer                                             # its state makes room for the base model
     swap = evaluate(load_model(config.model, config)[0], tokenizer, heldout, config, critic=model)
     result = {**state, "after_train": after_train, "swap": swap, "seconds": time.time() - begun, "out": str(out)}
     (out / "result.json").write_text(json.dumps(result))
@@ -971,16 +972,20 @@ def compare(config, arms, seeds):
 
 
 def print_comparison(path):
-    """Each arm's last evaluation: mean and 95% interval over seeds, and the difference to the first arm."""
+    """Each arm's last evaluation, mean and 95% interval over seeds; difference to the first arm, paired by seed."""
     last = {(row["arm"], row["seed"]): row for row in csv.DictReader(open(path, newline=""))}
     arms = list(dict.fromkeys(arm for arm, _ in last))
-    print(f"{'arm':12}{'tokens':>8}  {'critique-free':14}{'- ' + arms[0]:16}{'p':>6}   critic success on base failures")
+
+    def values(arm, column):
+        return np.array([float(row[column]) for (name, _), row in last.items() if name == arm])
+
+    print(f"| arm | tokens | critique-free | minus {arms[0]} | p | after a critique | critic success, base failures |")
+    print("|---|---|---|---|---|---|---|")
     for arm in arms:
-        def values(column, arm=arm):
-            return np.array([float(row[column]) for (a, _), row in last.items() if a == arm])
-        difference = values("pass@1") - values("pass@1", arms[0])
-        print(f"{arm:12}{values('tokens').mean() / 1000:7.0f}k  {interval(values('pass@1')):14}"
-              f"{interval(difference):16}{sign_flip(difference):6.3f}   {interval(values('base_wrong_to_right'))}")
+        difference = values(arm, "pass@1") - values(arms[0], "pass@1")
+        print(f"| {arm} | {values(arm, 'tokens').mean() / 1000:.0f}k | {interval(values(arm, 'pass@1'))} | "
+              f"{interval(difference)} | {sign_flip(difference):.3f} | {interval(values(arm, 'after_gated'))} | "
+              f"{interval(values(arm, 'base_wrong_to_right'))} |")
 
 
 def interval(values):

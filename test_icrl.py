@@ -1034,7 +1034,7 @@ def test_a_comparison_trains_each_arm_with_each_seed_once(short_run, monkeypatch
         assert (config_of_run["seed"], config_of_run["method"]) == (int(seed), "grpo")
         assert len(icrl_tokens) == 3 and grpo_tokens[-2] < icrl_tokens[-1] <= grpo_tokens[-1]
     once = capsys.readouterr().out
-    assert [line.split()[0] for line in once.splitlines()[-2:]] == ["icrl", "grpo_tokens"]
+    assert [line.split()[1] for line in once.splitlines()[-2:]] == ["icrl", "grpo_tokens"]
     monkeypatch.setattr(icrl, "train", None)                  # what is there is not trained again
     icrl.compare(config, ["icrl", "grpo_tokens"], [0, 1])
     assert once.endswith(capsys.readouterr().out)
