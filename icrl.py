@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""ICRL in one file: a model learns from its own critique, and then needs it no more (arXiv 2605.15224).
+"""ICRL in one file: a model learns from its own critique, and then no longer needs it (arXiv 2605.15224).
 
 One language model plays two roles, told apart by their prompts alone.
   1. The solver attempts a problem. If it fails, the critic (same weights) writes a critique of the attempt, and the
      solver tries afresh with the critique in its prompt: a session of at most K attempts (Algorithm 1).
   2. The critic is paid by what its critique did for the solver                                           (Eq. 3).
-  3. A guided success trains the solver *as if it had never seen the critique*; each of its tokens counts by how
+  3. A guided revision trains the solver *as if it had never seen the critique*; each of its tokens counts by how
      likely the unaided solver was to write it, w_t = pi(y_t | q) / pi(y_t | q, c)                        (Eq. 4).
   4. Advantages are normalised per (problem, role), so that critics compete with critics                  (Eq. 5).
   5. One clipped policy-gradient step moves both roles at once                                            (Eq. 6).
@@ -15,8 +15,8 @@ With --method grpo the critic is off and what is left is plain GRPO: read ICRL a
 Where this file departs from the paper, why, and the switch:
   a. The default model is a 0.5 M parameter toy that ships with the code, so that the method can be watched on a
      laptop; its learning rate and lengths suit it. --preset qwen3 has the paper's hyper-parameters.
-  b. Sampling is Hugging Face `generate`, not an inference server: slower, but both sides of every ratio then come
-     from one forward pass of one model, and nothing has to be corrected for.
+  b. Sampling is Hugging Face `generate`, not an inference server: slower, but one set of weights samples and scores.
+     Every log-prob is computed by `completion_logprobs`; between sampler and scorer there is only rounding.
   c. Group statistics use the unbiased standard deviation, and groups of one or of equal rewards give exactly 0
      (the paper leaves both open).
   d. Eq. 6 is averaged over each sample's tokens and then over samples; the paper writes one expectation over both.
@@ -70,13 +70,13 @@ class Config:
     device: str = flag("auto", "cpu, cuda, ...; auto: the GPU if there is one")
 
     method: str = flag("icrl", "grpo is the same without a critic, K = 1", ("icrl", "grpo"))
-    critic: str = flag("trained", "who criticises: the model; the model as it was; nobody, the critique is 'Try again'; "
-                       "nobody, just a second try; the model, but another problem's attempt",
+    critic: str = flag("trained", "the model; frozen: the model as it was; placebo: nobody, it says 'Try again.'; "
+                       "retry: nobody, just a second try; shuffled: the model, its critique of another problem",
                        ("trained", "frozen", "placebo", "retry", "shuffled"))
-    weight: str = flag("token", "of a revision's tokens: Eq. 4; always 1; one product for the whole revision; "
+    weight: str = flag("token", "of a revision's tokens: w_t of Eq. 4; 1; sequence: one ratio for all; shaped: "
                        "Critique-GRPO's p / (p + 0.1)", ("token", "one", "sequence", "shaped"))
-    groups: str = flag("role", "rewards are compared within problem and role, Eq. 5; also within the round; within the "
-                       "problem only", ("role", "role_round", "pooled"))
+    groups: str = flag("role", "rewards are compared within problem and role (Eq. 5); also round; only problem",
+                       ("role", "role_round", "pooled"))
 
     queries: int = flag(16, "problems per step", low=1)
     samples: int = flag(8, "sessions per problem (G)", low=1)
@@ -86,15 +86,16 @@ class Config:
     temperature: float = flag(1.0, "of sampling and of every log-prob", low=1e-3)
     thinking: bool = flag(False, "let a hybrid model think before it answers or criticises")
 
-    steps: int = flag(50, "training steps", low=1)
+    steps: int = flag(65, "training steps", low=1)
     token_limit: int = flag(0, "stop after so many generated tokens (0: no limit)", low=0)
     inner_steps: int = flag(1, "optimiser steps per rollout; from the second on, rho is not 1", low=1)
     lr: float = flag(3e-4, "learning rate, constant", low=0.0)
     weight_decay: float = flag(0.0, "of AdamW", low=0.0)
     grad_clip: float = flag(1.0, "largest gradient norm", low=0.0)
-    clip_low: float = flag(0.2, "rho counts no less than 1 - clip_low", low=0.0)
-    clip_high: float = flag(0.2, "rho counts no more than 1 + clip_high", low=0.0)
+    clip_low: float = flag(0.2, "with A < 0, rho below 1 - clip_low has no gradient", low=0.0)
+    clip_high: float = flag(0.2, "with A > 0, rho above 1 + clip_high has no gradient", low=0.0)
     w_max: float = flag(2.0, "cap of the calibration ratio w", low=0.0)
+    sample_batch: int = flag(256, "completions generated at a time; fewer need less memory for the cache", low=1)
     micro_tokens: int = flag(1024, "tokens per forward pass of the update; fewer need less memory", low=1)
     bf16: bool = flag(False, "compute in bfloat16; weights and optimiser stay float32")
     checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
@@ -109,8 +110,8 @@ class Config:
 PRESETS = {
     "tiny": {},                                                       # what stands above
     "qwen3": dict(model="Qwen/Qwen3-4B-Instruct-2507", lr=1e-6, weight_decay=0.1, clip_high=0.28, steps=300,
-                  max_response=2048, max_critique=1024, bf16=True, checkpointing=True, micro_tokens=8192, eval_every=10,
-                  show_every=1, save_every=50),                       # the paper's, for 16 problems x 8 sessions
+                  max_response=2048, max_critique=1024, bf16=True, checkpointing=True, sample_batch=32,
+                  micro_tokens=8192, eval_every=10, show_every=1, save_every=50),     # 16 problems x 8 sessions above
 }
 
 
@@ -329,7 +330,7 @@ def _value(text, trial):
             base = rest.pop() and operand() if rest[-1] == "_" else fp.e                # \log_2 x
             exponent = rest.pop() and formula(5) if rest[-1] == "^" else Fraction(1)    # \sin^2 x
             argument = operand() if rest[-1] in CLOSING else formula(3)
-            return _power(FUNCTIONS[token[1:]](complex(argument) + 0) / fp.ln(complex(base)), exponent)
+            return _power(FUNCTIONS[token[1:]](complex(argument) + 0) / fp.ln(complex(base)), exponent)   # ln e = 1
         if token in CONSTANTS:
             return CONSTANTS[token]
         if re.fullmatch(VARIABLE, token):
@@ -354,7 +355,7 @@ def load_problems(path):
     """
     problems = []
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")    # splitlines() would cut inside strings
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {path}: {error}") from error
     for number, line in enumerate(lines, 1):
@@ -459,7 +460,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, chunk=16)
                                 pad_token_id=pad_token(tokenizer))
     # `generate` fills what we leave unset from the checkpoint's generation config (Qwen3: top_k 20, top_p 0.95), and
     # the policy that is sampled would not be the one that is scored. So that config is set aside for the call.
-    theirs, model.generation_config = model.generation_config, GenerationConfig()
+    of_checkpoint, model.generation_config = model.generation_config, GenerationConfig()
     was_training = model.training
     model.eval()                                    # no dropout; and gradient checkpointing would disable the cache
     try:
@@ -480,7 +481,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, chunk=16)
             settings.max_new_tokens = min(chunk, width + max_new_tokens - ids.shape[1])
             ids = model.generate(ids, attention_mask=mask, past_key_values=cache, generation_config=settings)
             mask = torch.cat([mask, mask.new_ones(len(ids), ids.shape[1] - mask.shape[1])], dim=1)
-            keep = []
+            keep = []                               # rows without an end; the others may hold padding, and leave
             for row, completion in enumerate(ids[:, width:].tolist()):
                 end = next((t + 1 for t, token in enumerate(completion) if token in stops), None)
                 completions[live[row]] = completion[:end]
@@ -488,7 +489,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, chunk=16)
                     keep.append(row)
             live, rows = [live[row] for row in keep], torch.tensor(keep, device=model.device)
     finally:
-        model.generation_config = theirs
+        model.generation_config = of_checkpoint
         model.train(was_training)
     return completions, [completion[-1] not in stops for completion in completions]
 
@@ -497,7 +498,8 @@ def completion_logprobs(model, prompts, completions, temperature=1.0, pad_token_
     """log pi(y_t | prompt, y_<t) of every completion token, at `temperature`.
 
     prompts, completions: B lists of token ids, none empty; the ids as they were sampled, never re-tokenised. Returns
-    (logp, mask), both (B, T) float32 with T the longest completion, 0 on the padding; differentiable.
+    (logp, mask), both (B, T) float32 with T the longest completion, 0 on the padding; differentiable. Leaves the model
+    in the mode in which it scores.
 
     No attention mask is needed: padding stands on the right, where causal attention does not look.
     """
@@ -521,6 +523,7 @@ def completion_logprobs(model, prompts, completions, temperature=1.0, pad_token_
     finally:
         hook.remove()
     logp = -torch.nn.functional.cross_entropy(logits, ids.roll(-1, dims=1)[predicts], reduction="none")
+    # predicts and mask name the same tokens in the same order, row by row.
     return torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, logp), mask.float()
 
 
@@ -539,6 +542,10 @@ class Turn:
     text: str
     truncated: bool
     reward: float = 0.0
+
+    @property
+    def guided(self):
+        return self.prompt != self.free_prompt
 
     @property
     def part(self):
@@ -565,8 +572,11 @@ def rollout(model, tokenizer, problems, config, critic=None, samples=None, gated
         return encode_chat(tokenizer, messages, config.thinking)
 
     def generate(who, role, round, sessions, prompts, free_prompts, limit):
-        with autocast(who, config):
-            completions, truncated = sample(who, tokenizer, prompts, limit, config.temperature)
+        completions, truncated = [], []
+        for i in range(0, len(prompts), config.sample_batch):
+            with autocast(who, config):
+                more = sample(who, tokenizer, prompts[i:i + config.sample_batch], limit, config.temperature)
+            completions, truncated = completions + more[0], truncated + more[1]
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
         return [Turn(session // samples, session, round, role, *rest)
                 for session, *rest in zip(sessions, prompts, free_prompts, completions, texts, truncated)]
@@ -597,7 +607,9 @@ def rollout(model, tokenizer, problems, config, critic=None, samples=None, gated
         turns += critiques
         critique = {turn.session: turn for turn in critiques}
         source = critique
-        if config.critic == "shuffled":                      # a critique of another problem, if there is one
+        # Shuffled: the critique of another problem, if there is one. Rewards stay with the session; nobody is trained
+        # on them, for only a critic that is "trained" is.
+        if config.critic == "shuffled":
             others = [[o for o in critiques if o.query != turn.query] or [turn] for turn in critiques]
             source = {s: other[torch.randint(len(other), ()).item()] for s, other in zip(live, others)}
         tips = {s: extract_critique(source[s].text) for s in live}
@@ -642,8 +654,8 @@ def icrl_objective(logp, logp_old, advantages, weights, mask, clip_low=0.2, clip
     """Eq. 6, to be maximised: w_t min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A), rho_t = pi / pi_old.
 
     logp, logp_old: (B, T) float32, both under the critique-free prompt, now and at the rollout; weights, mask: (B, T);
-    advantages: (B,). Returns the mean over each sample's tokens, then over the B samples. The capped weight stands
-    outside the min: inside, it would change which branch a negative advantage selects.
+    advantages: (B,). Returns the mean over each sample's tokens, then over the B samples. The weight multiplies the
+    min. Clipping w_t rho_t in place of rho_t would clip by w too, and min(w x, w_max x) would cap nothing where x < 0.
     """
     rho = (logp - logp_old.detach()).exp()
     A = advantages[:, None]
@@ -652,7 +664,7 @@ def icrl_objective(logp, logp_old, advantages, weights, mask, clip_low=0.2, clip
 
 
 def sequence_ratio(logp_free, logp_guided, guided, w_max=2.0):
-    """In place of Eq. 4: the ratio of the whole revision, the product over its tokens, capped. Unbiased but wild."""
+    """In place of Eq. 4: one ratio for the revision, the product over its tokens. Unbiased only without a cap."""
     log_ratio = (logp_free - logp_guided).sum(1, keepdim=True).expand_as(logp_free)
     return calibration_ratio(log_ratio, torch.zeros_like(log_ratio), guided, w_max)
 
@@ -705,10 +717,11 @@ def update(model, optimizer, turns, config, pad_token_id=0):
     stats = {"flat_groups": 1 - len({groups[i] for i in active}) / len(set(groups)), "objective": 0.0, "grad_norm": 0.0,
              "w_mean": 1.0, "w_capped": 0.0, "w_ess": 1.0}
 
-    def logprobs(indices, guided):
+    def logprobs(indices, with_critique):
+        prompts = [turns[i].prompt if with_critique else turns[i].free_prompt for i in indices]
         with autocast(model, config):
-            return completion_logprobs(model, [turns[i].prompt if guided else turns[i].free_prompt for i in indices],
-                                       [turns[i].completion for i in indices], config.temperature, pad_token_id)
+            return completion_logprobs(model, prompts, [turns[i].completion for i in indices], config.temperature,
+                                       pad_token_id)
 
     batches = [[active[i] for i in batch] for batch in
                micro_batches([len(turns[i].prompt) + len(turns[i].completion) for i in active], config.micro_tokens)]
@@ -716,16 +729,15 @@ def update(model, optimizer, turns, config, pad_token_id=0):
     for inner in range(config.inner_steps if active else 0):
         stats["objective"] = 0.0
         for number, batch in enumerate(batches):
-            logp, mask = logprobs(batch, guided=False)
+            logp, mask = logprobs(batch, with_critique=False)
             if inner == 0:
                 # Nothing has moved yet, so this pass is pi_old too, and the numerator of w. The denominator is scored
                 # in the same way, not recorded while sampling: in bfloat16 two ways of computing a log-prob differ.
                 old, logp_guided = logp.detach(), logp.detach().clone()
-                guided = torch.tensor([turns[i].prompt != turns[i].free_prompt for i in batch], device=logp.device)
+                guided = torch.tensor([turns[i].guided for i in batch], device=logp.device)
                 if guided.any():
-                    revisions = [i for i in batch if turns[i].prompt != turns[i].free_prompt]
                     with torch.no_grad():
-                        scored, _ = logprobs(revisions, guided=True)
+                        scored, _ = logprobs([i for i in batch if turns[i].guided], with_critique=True)
                     logp_guided[guided, :scored.shape[1]] = scored
                 weights = WEIGHTS[config.weight](old, logp_guided, guided, config.w_max)
                 rollout_terms.append((old, weights))
@@ -760,12 +772,13 @@ def evaluate(model, tokenizer, problems, config, critic=None):
 
     Every attempt is criticised here, right ones too. `after_gated` keeps the right ones, as if an oracle had said so,
     which is how such results are usually reported; `after_ungated` takes what comes out after the critique, for
-    better or worse. critic: as in rollout. Consumes no training randomness.
+    better or worse (the critic's prompt then calls a right attempt failed, as in training). critic: as in rollout, so
+    by default the model itself, whatever it was trained with. Consumes no training randomness.
     """
     config = dataclasses.replace(config, method="icrl", critic="trained", rounds=2)
     problems = problems[:config.eval_problems]
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed)              # the same draws every time: only the weights differ
         turns = rollout(model, tokenizer, problems, config, critic, samples=config.eval_samples, gated=False)
         greedy = rollout(model, tokenizer, problems, dataclasses.replace(config, rounds=1, temperature=0.0), samples=1)
     first = {t.session: t.reward for t in turns if t.part == "first"}
@@ -799,16 +812,17 @@ def load_model(name, config):
     """Model (float32) and tokenizer of a Hugging Face checkpoint."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attention_dropout=0.0)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot load a model from {name!r}: {str(error).strip()[:200]}") from error
     if not tokenizer.chat_template:
         raise UsageError(f"the tokenizer of {name!r} has no chat template; use an instruction-tuned model")
     if tokenizer.eos_token_id is None:
         raise UsageError(f"the tokenizer of {name!r} has no end-of-sequence token; completions would never end")
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    for module in model.modules():                  # nn.Dropout calls it p, attention layers otherwise
+        for name_of_dropout in ("p", "dropout", "attention_dropout"):
+            if isinstance(getattr(module, name_of_dropout, None), float):
+                setattr(module, name_of_dropout, 0.0)
     if config.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     auto = "cuda" if torch.cuda.is_available() else "cpu"
@@ -863,7 +877,7 @@ def train(config, resume=False):
     if common := {p["problem"] for p in problems} & {p["problem"] for p in heldout}:
         raise UsageError(f"{len(common)} held-out problems are training problems too, such as {common.pop()!r}")
     checkpoints = sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
-    if not resume and (out / "config.json").exists():
+    if not resume and (checkpoints or (out / "result.json").exists()):
         raise UsageError(f"{out} holds a run already: continue it with --resume {out}, or choose another --out")
     if resume and not checkpoints:
         raise UsageError(f"{out} holds no checkpoint to resume from")
@@ -891,7 +905,7 @@ def train(config, resume=False):
                    desc=config.method, dynamic_ncols=True)
         for step in bar:
             # Each step seeds itself: a resumed run needs no saved random state, and nothing that happens between two
-            # steps, such as an evaluation, can change what follows.
+            # steps, such as an evaluation, can change what follows. (The factor is a prime above any number of steps.)
             torch.manual_seed(1_000_003 * config.seed + step)
             batch, started = problems_of_step(problems, step, config), time.time()
             turns = rollout(model, tokenizer, batch, config, base)
@@ -953,10 +967,7 @@ def compare(config, arms, seeds):
             settings = dataclasses.replace(settings, samples=2 * config.samples, token_limit=spent,
                                            steps=100 * config.steps)
         if not (run / "result.json").exists():
-            resume = any(run.glob("checkpoint-*"))
-            if not resume:
-                shutil.rmtree(run, ignore_errors=True)
-            train(settings, resume)
+            train(settings, resume=any(run.glob("checkpoint-*")))
         result = json.loads((run / "result.json").read_text())
         metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         rows.append({"arm": arm, "seed": seed, "step": 0, "tokens": 0, **result["before"]})

@@ -1086,6 +1086,7 @@ def test_what_the_user_can_mend_is_one_sentence_and_exit_code_2(argv, message, b
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "config.json").write_text("{}")
+    (tmp_path / "old" / "result.json").write_text("{}")
     argv = f"--out TMP/new {argv}" if "--resume" not in argv and "--out" not in argv else argv
     try:
         code = icrl.main(argv.replace("TMP", str(tmp_path)).split())
