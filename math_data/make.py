@@ -2,14 +2,14 @@
 # SPDX-License-Identifier: MIT
 """Make everything in this folder: the problems, the tokenizer and the base model of the default run.
 
-    python math_data/make.py            # about 12 minutes on 2 CPU cores; the same files every time on one machine
+    python math_data/make.py            # 18 minutes on one CPU core; the same files every time on one machine
 
 The world is integer arithmetic with six kinds of problems. The base model holds a misconception about each kind: it
-works left to right, drops brackets, doubles instead of squaring, and so on. It also knows the right method, but unasked
-it takes it only rarely (RIGHT_METHOD). A critique that names the remedy makes it take the right method; any other
-remedy leaves it as it was. As a critic it names the right remedy a little more often than chance (RIGHT_REMEDY).
-For the kinds in WORKED the critic has another way to help: it does the hard part of the work itself and hands over the
-value, which the revision then uses without any working of its own. That helps at once and teaches nothing.
+works left to right, drops brackets, doubles instead of squaring, and so on. It also knows the right method, but unaided
+it seldom takes it (CARE). A critique that names the remedy makes it take the right method; any other leaves it as it
+was. As a critic it names the right remedy three times in ten (RIGHT_REMEDY), where chance is one in six. For `product`
+the critic has another way to help: it does the hard part of the work itself and hands over the value (WORKED), which
+the revision then uses without any working of its own. That helps at once and teaches nothing.
 """
 import json
 import random
@@ -121,8 +121,8 @@ def make_tokenizer():
     """Bytes, and one token for each fixed phrase of the prompts and of the world: short prompts make a fast toy."""
     messages = icrl.solver_messages("\0", "\0") + icrl.critic_messages("\0", "\0")
     phrases = [part for message in messages for part in message["content"].split("\0") if part]
-    phrases += [*REMEDY.values(), icrl.FIXED_CRITIQUE["placebo"], "<critique>", "</critique>", ". Use ", "What is ", " + ", " - ", " * ", " = ", ", ",
-                "^2", "With ", ": ", ". The answer is \\boxed{", "}."]
+    phrases += [*REMEDY.values(), icrl.FIXED_CRITIQUE["placebo"], "<critique>", "</critique>", ". Use ", "What is ",
+                " + ", " - ", " * ", " = ", ", ", "^2", "With ", ": ", ". The answer is \\boxed{", "}."]
     phrases += [name + ": " for name in ("Multiply first", "Left to right", "Brackets first", "Drop the brackets",
                 "Square it", "Double it", "Keep the sign", "Swap them", "Split the tens", "Digit by digit",
                 "Products first")]
@@ -148,6 +148,7 @@ def lesson(rng, problems):
                                   [1 - care, care * (1 - care), care ** 2 * (1 - care), care ** 3])[0]]
     other = REMEDY[rng.choice([k for k in REMEDY if k != kind])]
     worked = WORKED.get(kind, 0.0)
+    # The shares of roles, critiques and attempts were chosen so that each sort is seen often enough to be learnt.
     role = rng.choices(["solve", "revise", "criticise"], [4, 4, 3])[0]
     if role == "solve":
         return icrl.solver_messages(problem["problem"]), unaided
