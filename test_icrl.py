@@ -535,6 +535,13 @@ def test_what_is_trained_are_the_sampled_ids(monkeypatch):
     assert turn.completion == sampled and turn.text == " + "
 
 
+def test_smaller_batches_sample_the_same_sessions():
+    model, config = tiny_model(), icrl.Config(max_response=4, max_critique=3, samples=2, temperature=0.0)
+    whole, parts = (icrl.rollout(model, TOKENIZER, [SIX, TWO], dataclasses.replace(config, sample_batch=size))
+                    for size in (256, 3))
+    assert whole == parts and {turn.part for turn in whole} == {"first", "critique", "revision"}
+
+
 def test_grpo_is_icrl_with_one_round():
     model, rollouts = tiny_model(), []
     for settings in ({"method": "grpo", "rounds": 3}, {"method": "icrl", "rounds": 1}):
