@@ -40,7 +40,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mpmath import fp
+from mpmath import fp                                         # comes with torch, by way of sympy
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 from transformers.utils import logging as hf_logging
@@ -891,13 +891,9 @@ def train(config, resume=False):
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
         state["before"] = state["after"] = evaluate(model, tokenizer, heldout, config, base)
         state["before_train"] = evaluate(model, tokenizer, problems, config, base)
-    with open(out / "metrics.jsonl", "a") as metrics, open(out / "sessions.jsonl", "a") as sessions:
+    with open(out / "metrics.jsonl", "a", buffering=1) as metrics, open(out / "sessions.jsonl", "a") as sessions:
         for file in (metrics, sessions):                      # a resumed run forgets what came after its checkpoint
             file.truncate(state.get(Path(file.name).name, 0))
-
-        def log(file, row):
-            file.write(json.dumps(row) + "\n")
-            file.flush()
 
         bar = tqdm(range(state["step"] + 1, config.steps + 1), initial=state["step"], total=config.steps,
                    desc=config.method, dynamic_ncols=True)
@@ -915,10 +911,11 @@ def train(config, resume=False):
             last = step == config.steps or 0 < config.token_limit <= tokens
             if last or config.eval_every and step % config.eval_every == 0:
                 state["after"] = row["heldout"] = evaluate(model, tokenizer, heldout, config, base)
-            log(metrics, row)
+            print(json.dumps(row), file=metrics)
             for t in turns:
-                log(sessions, {"step": step, "problem": batch[t.query]["problem"], "session": t.session, "part": t.part,
-                               "round": t.round, "text": t.text, "reward": t.reward, "truncated": t.truncated})
+                print(json.dumps({"step": step, "problem": batch[t.query]["problem"], "session": t.session,
+                                  "part": t.part, "round": t.round, "text": t.text, "reward": t.reward,
+                                  "truncated": t.truncated}), file=sessions)
             state |= {"step": step, "tokens": tokens, "metrics.jsonl": metrics.tell(),
                       "sessions.jsonl": sessions.tell()}
             bar.set_postfix_str(f"unaided {row['first_reward']:.2f}, with critique {row['revision_reward']:.2f}, "
@@ -1013,21 +1010,20 @@ def sign_flip(differences):
 # ----------------------------------------------------------------------------------------------------- command line
 
 def print_table(result):
-    before, after, rows = result["before"], result["after"], []
-    for title, key in [("critique-free accuracy, sampled", "pass@1"), ("critique-free accuracy, greedy", "greedy"),
-                       ("accuracy after one critique of wrong attempts", "after_gated"),
-                       ("accuracy after one critique, right ones too", "after_ungated"),
-                       ("critic success (wrong attempts put right)", "wrong_to_right"),
-                       ("right attempts put wrong by a critique", "right_to_wrong"),
-                       ("critiques that state the answer", "leaks"), ("tokens per critique", "critique_tokens")]:
-        rows.append((title, before[key], after[key]))
-    rows.insert(5, ("  the same, on the base solver's wrong attempts", before["wrong_to_right"],
-                    result["swap"]["wrong_to_right"]))
-    rows.append(("on training problems: critique-free, sampled", result["before_train"]["pass@1"],
-                 result["after_train"]["pass@1"]))
     print(f"\n{'held-out problems':50}{'before':>8}{'after':>8}")
-    for title, *values in rows:
-        print(f"{title:50}" + "".join(f"{v:8.1f}" if "tokens" in title else f"{v:8.3f}" for v in values))
+    for title, key, before, after in [
+            ("critique-free accuracy, sampled", "pass@1", "before", "after"),
+            ("critique-free accuracy, greedy", "greedy", "before", "after"),
+            ("accuracy after one critique of wrong attempts", "after_gated", "before", "after"),
+            ("accuracy after one critique, right ones too", "after_ungated", "before", "after"),
+            ("critic success (wrong attempts put right)", "wrong_to_right", "before", "after"),
+            ("  the same, on the base solver's wrong attempts", "wrong_to_right", "before", "swap"),
+            ("right attempts put wrong by a critique", "right_to_wrong", "before", "after"),
+            ("critiques that state the answer", "leaks", "before", "after"),
+            ("tokens per critique", "critique_tokens", "before", "after"),
+            ("on training problems: critique-free, sampled", "pass@1", "before_train", "after_train")]:
+        digits = 1 if key == "critique_tokens" else 3
+        print(f"{title:50}{result[before][key]:8.{digits}f}{result[after][key]:8.{digits}f}")
     print(f"{result['tokens']:,} tokens generated in {result['step']} steps, {result['seconds']:.0f} seconds in all; "
           f"model and logs are in {result['out']}")
 
