@@ -23,13 +23,16 @@ Where this file departs from the paper, why, and the switch:
 What the authors' released code does differently from their paper is listed in the README.
 """
 import argparse
+import contextlib
 import csv
 import dataclasses
 import itertools
 import json
+import math
 import random
 import re
 import shutil
+import signal
 import sys
 import time
 from collections import defaultdict
@@ -40,7 +43,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mpmath import fp                                         # comes with torch, by way of sympy
+from jinja2 import TemplateError                              # comes with torch, as mpmath does by way of sympy
+from mpmath import fp
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 from transformers.utils import logging as hf_logging
@@ -54,20 +59,21 @@ class UsageError(ValueError):
 
 # ---------------------------------------------------------------------------------------------------- configuration
 
-def flag(default, help, choices=None, low=None):
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "low": low})
+def flag(default, help, choices=None, low=None, resumes=False):
+    """A field of Config; low is the least allowed value, and `resumes` lets --resume change it."""
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, low=low, resumes=resumes))
 
 
 @dataclasses.dataclass
 class Config:
     """Every setting of a run; each field is a command-line flag of the same name."""
-    preset: str = flag("tiny", "settings to start from; other flags override them", ("tiny", "qwen3"))
+    preset: str = flag("tiny", "settings to start from; other flags override them", ("tiny", "hints", "qwen3"))
     model: str = flag(str(HERE / "math_data" / "model"), "Hugging Face model, a name or a folder")
     data: str = flag(str(HERE / "math_data" / "train.jsonl"), "training problems (JSONL)")
     heldout: str = flag(str(HERE / "math_data" / "heldout.jsonl"), "evaluation problems (JSONL)")
     out: str = flag("", "run folder; empty: runs/ and the time")
     seed: int = flag(0, "seed of everything random", low=0)
-    device: str = flag("auto", "cpu, cuda, ...; auto: the GPU if there is one")
+    device: str = flag("auto", "cpu, cuda, ...; auto: the GPU if there is one", resumes=True)
 
     method: str = flag("icrl", "grpo is the same without a critic, K = 1", ("icrl", "grpo"))
     critic: str = flag("trained", "the model; frozen: the model as it was; placebo: nobody, it says 'Try again.'; "
@@ -86,7 +92,7 @@ class Config:
     temperature: float = flag(1.0, "of sampling and of every log-prob", low=1e-3)
     thinking: bool = flag(False, "let a hybrid model think before it answers or criticises")
 
-    steps: int = flag(65, "training steps", low=1)
+    steps: int = flag(65, "training steps", low=1, resumes=True)
     token_limit: int = flag(0, "stop after so many generated tokens (0: no limit)", low=0)
     inner_steps: int = flag(1, "optimiser steps per rollout; from the second on, rho is not 1", low=1)
     lr: float = flag(3e-4, "learning rate, constant", low=0.0)
@@ -95,20 +101,25 @@ class Config:
     clip_low: float = flag(0.2, "with A < 0, rho below 1 - clip_low has no gradient", low=0.0)
     clip_high: float = flag(0.2, "with A > 0, rho above 1 + clip_high has no gradient", low=0.0)
     w_max: float = flag(2.0, "cap of the calibration ratio w", low=0.0)
-    sample_batch: int = flag(256, "completions generated at a time; fewer need less memory for the cache", low=1)
-    micro_tokens: int = flag(1024, "tokens per forward pass of the update; fewer need less memory", low=1)
+    sample_batch: int = flag(256, "completions generated at a time; fewer need less memory for the cache", low=1,
+                             resumes=True)
+    micro_tokens: int = flag(1024, "tokens per forward pass of the update; fewer need less memory", low=1, resumes=True)
     bf16: bool = flag(False, "compute in bfloat16; weights and optimiser stay float32")
-    checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
+    checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower", resumes=True)
+    optimizer_on: str = flag("device", "cpu: weights in float32 and AdamW's state stay in the memory of the host; less "
+                             "memory on the GPU, slower", ("device", "cpu"), resumes=True)
 
-    eval_every: int = flag(40, "steps between evaluations (0: before and after only)", low=0)
+    eval_every: int = flag(13, "steps between evaluations (0: before and after only)", low=0)
     eval_problems: int = flag(240, "problems per evaluation at most", low=1)
-    eval_samples: int = flag(1, "sessions per problem in an evaluation", low=1)
-    show_every: int = flag(15, "steps between printed sessions (0: none)", low=0)
-    save_every: int = flag(25, "steps between checkpoints (0: none)", low=0)
+    eval_samples: int = flag(1, "sessions per problem in an evaluation (k)", low=1)
+    show_every: int = flag(15, "steps between printed sessions (0: none)", low=0, resumes=True)
+    save_every: int = flag(25, "steps between checkpoints (0: at the end only)", low=0, resumes=True)
 
 
 PRESETS = {
-    "tiny": {},                                                       # what stands above
+    "tiny": {},                                                                         # what stands above
+    "hints": {name: str(HERE / "math_data" / "hints" / file) for name, file in (        # critiques that teach nothing
+        ("model", "model"), ("data", "train.jsonl"), ("heldout", "heldout.jsonl"))},
     "qwen3": dict(model="Qwen/Qwen3-4B-Instruct-2507", lr=1e-6, weight_decay=0.1, clip_high=0.28, steps=300,
                   max_response=2048, max_critique=1024, bf16=True, checkpointing=True, sample_batch=32,
                   micro_tokens=8192, eval_every=10, show_every=1, save_every=50),     # 16 problems x 8 sessions above
@@ -558,35 +569,37 @@ def outcome_reward(text, answer, truncated):
 FIXED_CRITIQUE = {"placebo": "Try again.", "retry": ""}
 
 
-def rollout(model, tokenizer, problems, config, critic=None, samples=None, gated=True):
+def rollout(model, tokenizer, problems, config, critic=None, samples=None, gated=True, first=None):
     """Algorithm 1: `samples` (G) independent sessions of at most K rounds on each problem.
 
-    critic: the model that criticises, if not `model` itself. gated=False, for evaluation, has right attempts
-    criticised as well. Returns Turns with their rewards; a critique's is that of Eq. 3.
+    critic: (model, tokenizer) of another critic than `model` itself. For evaluation, gated=False has right attempts
+    criticised as well, and `first` are first attempts to go on from, of an earlier rollout, instead of new ones.
+    Returns Turns with their rewards; a critique's is that of Eq. 3.
     """
     samples, rounds = samples or config.samples, 1 if config.method == "grpo" else config.rounds
+    solver, critic = (model, tokenizer), critic or (model, tokenizer)
 
-    def encode(messages):
+    def encode(messages, tokenizer=tokenizer):
         return encode_chat(tokenizer, messages, config.thinking)
 
     def generate(who, role, round, sessions, prompts, free_prompts, limit):
         completions, truncated = [], []
         for i in range(0, len(prompts), config.sample_batch):
-            with autocast(who, config):
-                more = sample(who, tokenizer, prompts[i:i + config.sample_batch], limit, config.temperature)
+            with autocast(who[0], config):
+                more = sample(*who, prompts[i:i + config.sample_batch], limit, config.temperature)
             completions, truncated = completions + more[0], truncated + more[1]
-        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        texts = who[1].batch_decode(completions, skip_special_tokens=True)
         return [Turn(session // samples, session, round, role, *rest)
                 for session, *rest in zip(sessions, prompts, free_prompts, completions, texts, truncated)]
 
     free = [encode(solver_messages(problem["problem"])) for problem in problems]
     turns, reward, critique, tips = [], {}, {}, {}           # the last three: the latest of each session
-    live = list(range(len(problems) * samples))
+    live = [turn.session for turn in first] if first else list(range(len(problems) * samples))
     for round in range(1, rounds + 1):
         prompts = [encode(solver_messages(problems[s // samples]["problem"], tips[s])) if tips.get(s)
                    else free[s // samples] for s in live]
-        attempts = generate(model, "solver", round, live, prompts, [free[s // samples] for s in live],
-                            config.max_response)
+        attempts = first if first and round == 1 else generate(
+            solver, "solver", round, live, prompts, [free[s // samples] for s in live], config.max_response)
         for turn in attempts:
             turn.reward = outcome_reward(turn.text, problems[turn.query]["answer"], turn.truncated)
             if turn.session in critique:
@@ -600,8 +613,8 @@ def rollout(model, tokenizer, problems, config, critic=None, samples=None, gated
         if config.critic in FIXED_CRITIQUE:
             tips = dict.fromkeys(live, FIXED_CRITIQUE[config.critic])
             continue
-        prompts = [encode(critic_messages(problems[turn.query]["problem"], turn.text)) for turn in attempts]
-        critiques = generate(critic or model, "critic", round, live, prompts, prompts, config.max_critique)
+        prompts = [encode(critic_messages(problems[turn.query]["problem"], turn.text), critic[1]) for turn in attempts]
+        critiques = generate(critic, "critic", round, live, prompts, prompts, config.max_critique)
         turns += critiques
         critique = {turn.session: turn for turn in critiques}
         source = critique
@@ -704,6 +717,36 @@ def micro_batches(lengths, budget):
     return batches
 
 
+def make_optimizer(model, config):
+    """AdamW over the weights of `model`, or over float32 copies of them in the memory of the host.
+
+    With --optimizer_on cpu the device holds weights and gradients only, and with --bf16 both in bfloat16: 4 bytes a
+    parameter in place of 16. Moves `model` to the device.
+    """
+    weights = list(model.parameters())
+    if config.optimizer_on == "cpu":
+        weights = [torch.nn.Parameter(weight.detach().to("cpu", torch.float32, copy=True)) for weight in weights]
+    place(model, config)
+    return torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay)
+
+
+def optimizer_step(model, optimizer, grad_clip):
+    """Clip the gradients, step, and drop them. Returns their norm before; if it is not finite there is no step."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
+    if math.isfinite(norm):
+        copies = [(weight, copy) for weight, copy in zip(model.parameters(), optimizer.param_groups[0]["params"])
+                  if weight is not copy]
+        for weight, copy in copies:
+            copy.grad = None if weight.grad is None else weight.grad.to(copy)
+        optimizer.step()
+        with torch.no_grad():
+            for weight, copy in copies:
+                weight.copy_(copy)
+                copy.grad = None
+    model.zero_grad(set_to_none=True)
+    return norm
+
+
 def update(model, optimizer, turns, config, pad_token_id=0):
     """The optimiser step(s) of one rollout, on Eq. 6. Returns what there is to log."""
     turns = [t for t in turns if t.role == "solver" or config.critic == "trained"]
@@ -713,7 +756,7 @@ def update(model, optimizer, turns, config, pad_token_id=0):
     # flat there is no step at all, for AdamW would still move the weights, by momentum and weight decay.
     active = advantages.nonzero()[:, 0].tolist()
     stats = {"flat_groups": 1 - len({groups[i] for i in active}) / len(set(groups)), "objective": 0.0, "grad_norm": 0.0,
-             "w_mean": 1.0, "w_capped": 0.0, "w_ess": 1.0}
+             "skipped": 0, "w_mean": 1.0, "w_capped": 0.0, "w_ess": 1.0}
 
     def logprobs(indices, with_critique):
         prompts = [turns[i].prompt if with_critique else turns[i].free_prompt for i in indices]
@@ -748,9 +791,11 @@ def update(model, optimizer, turns, config, pad_token_id=0):
             J = share * icrl_objective(logp, old, A, weights, mask, config.clip_low, config.clip_high)
             (-J).backward()
             stats["objective"] += J.item()
-        stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        norm = optimizer_step(model, optimizer, config.grad_clip)
+        if math.isfinite(norm):
+            stats["grad_norm"] = norm
+        else:
+            stats["skipped"] += 1
     w = torch.cat(ratios) if ratios else torch.zeros(0)
     if len(w):
         stats.update(w_mean=w.mean().item(), w_capped=(w >= config.w_max).float().mean().item(),
@@ -761,41 +806,90 @@ def update(model, optimizer, turns, config, pad_token_id=0):
 # ------------------------------------------------------------------------------------------------------- evaluation
 
 def mean(values):
+    """The mean, or None where there is nothing to average: a 0 would read like a result."""
     values = list(values)
-    return sum(values) / len(values) if values else 0.0
+    return sum(values) / len(values) if values else None
 
 
 def evaluate(model, tokenizer, problems, config, critic=None):
-    """What the solver can do without critique, and what one critique does for it; floats by name.
+    """What the solver can do without critique, and what one critique does for it: means of `outcomes` by name.
 
-    Every attempt is criticised here, right ones too. `after_gated` keeps the right ones, as if an oracle had said so,
-    which is how such results are usually reported; `after_ungated` takes what comes out after the critique, for
-    better or worse (the critic's prompt then calls a right attempt failed, as in training). critic: as in rollout, so
-    by default the model itself, whatever it was trained with. Consumes no training randomness.
+    Every attempt is criticised here, right ones too. critic: as in rollout, so by default the model itself, whatever
+    it was trained with. Consumes no training randomness.
     """
-    config = dataclasses.replace(config, method="icrl", critic="trained", rounds=2)
     problems = problems[:config.eval_problems]
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(config.seed)              # the same draws every time: only the weights differ
-        turns = rollout(model, tokenizer, problems, config, critic, samples=config.eval_samples, gated=False)
+    config = dataclasses.replace(config, method="icrl", critic="trained", rounds=2, samples=config.eval_samples)
+    with fixed_draws(model, config.seed):
+        turns = rollout(model, tokenizer, problems, config, critic, gated=False)
         greedy = rollout(model, tokenizer, problems, dataclasses.replace(config, rounds=1, temperature=0.0), samples=1)
-    first = {t.session: t.reward for t in turns if t.part == "first"}
-    after = {t.session: t.reward for t in turns if t.part == "revision"}
-    critiques = [t for t in turns if t.role == "critic"]
-    kinds = [problem.get("kind") for problem in problems]
+    return {"greedy": mean(t.reward for t in greedy),
+            **{name: mean(value for _, value in pairs) for name, pairs in outcomes(turns, problems).items()}}
+
+
+@contextlib.contextmanager
+def fixed_draws(model, seed):
+    """The same random draws every time, so that only the weights differ; outside, none is consumed."""
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def outcomes(turns, problems):
+    """What there is to count in the sessions of one ungated rollout with K = 2: lists of (problem's number, value).
+
+    `after_gated` keeps right attempts, as if an oracle had said that they are, which is how such results are usually
+    reported; `after_ungated` takes what comes out after the critique, for better or worse (the critic's prompt then
+    calls a right attempt failed, as in training).
+    """
+    first, critique, after = ({t.session: t for t in turns if t.part == part}
+                              for part in ("first", "critique", "revision"))
+    leaks = {s: states_answer(c.text, problems[c.query]["answer"]) for s, c in critique.items()}
+    best = defaultdict(float)
+    for t in first.values():
+        best[t.query] = max(best[t.query], t.reward)
+    right = {s: t.reward == 1 for s, t in first.items()}
+    kinds = {s: problems[t.query].get("kind") for s, t in first.items()}
+
+    def over(sessions, value):
+        return [(first[s].query, float(value(s))) for s in first if sessions(s)]
+
     return {
-        "pass@1": mean(first.values()),
-        "greedy": mean(t.reward for t in greedy),
-        "after_gated": mean(max(first[s], after[s]) for s in first),
-        "after_ungated": mean(after.values()),
-        "wrong_to_right": mean(after[s] == 1 for s in first if first[s] < 1),
-        "right_to_wrong": mean(after[s] < 1 for s in first if first[s] == 1),
-        "critique_tokens": mean(len(t.completion) for t in critiques),
-        "leaks": mean(states_answer(t.text, problems[t.query]["answer"]) for t in critiques),
-        "truncated": mean(t.truncated for t in turns),
-        **{f"pass@1 {kind}": mean(first[t.session] for t in turns if t.part == "first" and kinds[t.query] == kind)
-           for kind in sorted({*kinds} - {None})},
+        "pass@1": over(lambda s: True, lambda s: first[s].reward),
+        "pass@k": list(best.items()),
+        "after_gated": over(lambda s: True, lambda s: max(first[s].reward, after[s].reward)),
+        "after_ungated": over(lambda s: True, lambda s: after[s].reward),
+        "wrong_to_right": over(lambda s: not right[s], lambda s: after[s].reward == 1),
+        "right_to_wrong": over(lambda s: right[s], lambda s: after[s].reward < 1),
+        "leaks": over(lambda s: True, lambda s: leaks[s]),
+        "fixed_if_leaked": over(lambda s: leaks[s] and not right[s], lambda s: after[s].reward == 1),
+        "fixed_if_not": over(lambda s: not leaks[s] and not right[s], lambda s: after[s].reward == 1),
+        "attempt_tokens": over(lambda s: True, lambda s: len(first[s].completion)),
+        "critique_tokens": over(lambda s: True, lambda s: len(critique[s].completion)),
+        "truncated": [(t.query, float(t.truncated)) for t in turns],
+        **{f"pass@1 {kind}": over(lambda s: kinds[s] == kind, lambda s: first[s].reward)
+           for kind in sorted({*kinds.values()} - {None})},
     }
+
+
+def critic_swap(base, trained, tokenizer, problems, config):
+    """Critics compared on the same failures, those of the base solver: a trained solver's are fewer and harder.
+
+    Returns, for each critic and each solver that revises, the share of the failures put right and the critique tokens
+    spent for each of these: {"trained critic, base solver": {"fixed": 0.8, "tokens_per_fix": 12.0}, ...}.
+    """
+    problems, models, figures = problems[:config.eval_problems], {"base": base, "trained": trained}, {}
+    config = dataclasses.replace(config, method="icrl", critic="trained", rounds=2, samples=config.eval_samples)
+    with fixed_draws(base, config.seed):
+        attempts = rollout(base, tokenizer, problems, dataclasses.replace(config, rounds=1))
+        failures = [t for t in attempts if t.reward < 1]
+        for critic, solver in itertools.product(models, models):
+            turns = failures and rollout(models[solver], tokenizer, problems, config, (models[critic], tokenizer),
+                                         first=failures)
+            fixed = sum(t.reward == 1 for t in turns if t.part == "revision")
+            tokens = sum(len(t.completion) for t in turns if t.role == "critic")
+            figures[f"{critic} critic, {solver} solver"] = {"fixed": fixed / len(failures) if failures else None,
+                                                            "tokens_per_fix": tokens / fixed if fixed else None}
+    return figures
 
 
 def states_answer(critique, answer):
@@ -807,24 +901,36 @@ def states_answer(critique, answer):
 # --------------------------------------------------------------------------------------------------------- training
 
 def load_model(name, config):
-    """Model (float32) and tokenizer of a Hugging Face checkpoint."""
+    """Model (float32, in the memory of the host) and tokenizer of a Hugging Face checkpoint."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot load a model from {name!r}: {str(error).strip()[:200]}") from error
-    if not tokenizer.chat_template:
-        raise UsageError(f"the tokenizer of {name!r} has no chat template; use an instruction-tuned model")
-    if tokenizer.eos_token_id is None:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+        if not tokenizer.chat_template:
+            raise ValueError("its tokenizer has no chat template; use an instruction-tuned model")
+        encode_chat(tokenizer, solver_messages("1 + 1"), config.thinking)
+    except (OSError, ValueError, KeyError, TypeError, TemplateError, SafetensorError) as error:
+        raise UsageError(f"cannot use the model {name!r}: {' '.join(str(error).split())[:300]}") from error
+    if not stop_tokens(model, tokenizer):
         raise UsageError(f"the tokenizer of {name!r} has no end-of-sequence token; completions would never end")
+    if len(tokenizer) > (size := model.get_input_embeddings().num_embeddings):
+        raise UsageError(f"the tokenizer of {name!r} has {len(tokenizer)} tokens, but the model only {size}")
     for module in model.modules():                  # nn.Dropout calls it p, attention layers otherwise
         for name_of_dropout in ("p", "dropout", "attention_dropout"):
             if isinstance(getattr(module, name_of_dropout, None), float):
                 setattr(module, name_of_dropout, 0.0)
     if config.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model, tokenizer
+
+
+def place(model, config):
+    """The model on its device, in bfloat16 if its float32 weights are kept elsewhere (see make_optimizer)."""
     auto = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(auto if config.device == "auto" else config.device), tokenizer
+    try:
+        return model.to(auto if config.device == "auto" else config.device,
+                        torch.bfloat16 if config.bf16 and config.optimizer_on == "cpu" else torch.float32)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {config.device}: {str(error).splitlines()[0]}") from error
 
 
 def problems_of_step(problems, step, config):
@@ -854,44 +960,94 @@ def show_session(turns, problems):
                       *(f"  {t.part:9} {t.text.strip()}  -> reward {t.reward:g}" for t in session)])
 
 
-def save(folder, model, tokenizer, optimizer, state):
+def write_json(path, value):
+    """Beside it first: a file that is there is whole."""
+    path.with_suffix(".new").write_text(json.dumps(value, indent=1))
+    path.with_suffix(".new").replace(path)
+
+
+def checkpoints(run):
+    """The checkpoints in a run's folder, the latest last."""
+    return sorted(Path(run).glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+
+
+def save(run, model, tokenizer, optimizer, state):
     """Write a checkpoint beside the last one, rename it into place, and only then remove the last one."""
-    older = list(folder.glob("checkpoint-*"))
-    new = folder / "unfinished"
-    shutil.rmtree(new, ignore_errors=True)
-    model.save_pretrained(new)
-    tokenizer.save_pretrained(new)
-    torch.save(optimizer.state_dict(), new / "optimizer.pt")
-    (new / "state.json").write_text(json.dumps(state))
-    new.rename(folder / f"checkpoint-{state['step']}")
+    older, new = checkpoints(run), run / "unfinished"
+    float32 = {weight.data_ptr(): copy.detach()
+               for weight, copy in zip(model.parameters(), optimizer.param_groups[0]["params"])}
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        model.save_pretrained(new, state_dict={name: float32.get(tensor.data_ptr(), tensor)
+                                               for name, tensor in model.state_dict().items()})
+        tokenizer.save_pretrained(new)
+        torch.save(optimizer.state_dict(), new / "optimizer.pt")
+        write_json(new / "state.json", state)
+        new.rename(run / f"checkpoint-{state['step']}")
+    except (OSError, RuntimeError, SafetensorError) as error:         # the latter two are what a full disk makes
+        raise OSError(f"cannot save a checkpoint: {error}") from error
     for path in older:
         shutil.rmtree(path)
 
 
-def train(config, resume=False):
-    """Train as `config` says, into the folder config.out. Returns the figures of the final table."""
-    out, begun = Path(config.out or time.strftime("runs/%Y%m%d-%H%M%S")), time.time()
+def log_sessions(file, turns, problems, **more):
+    for t in turns:
+        print(json.dumps({**more, "problem": problems[t.query]["problem"], "session": t.session, "part": t.part,
+                          "round": t.round, "text": t.text, "reward": t.reward, "truncated": t.truncated}), file=file)
+
+
+@contextlib.contextmanager
+def catch_interrupt():
+    """Yields a list that the first Ctrl-C fills, so that a step can be finished; a second one interrupts as usual."""
+    def ask(*_):
+        signal.signal(signal.SIGINT, before)
+        stop.append(True)
+        tqdm.write("interrupted: finishing this step and saving it (Ctrl-C again stops at once)")
+
+    stop, before = [], signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def start(config, resume):
+    """What a run begins with, or goes on with: (model, tokenizer, optimizer, problems, heldout, state)."""
+    run, saved = Path(config.out), checkpoints(config.out) if resume else []
     problems, heldout = load_problems(config.data), load_problems(config.heldout)
     if common := {p["problem"] for p in problems} & {p["problem"] for p in heldout}:
-        raise UsageError(f"{len(common)} held-out problems are training problems too, such as {common.pop()!r}")
-    checkpoints = sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
-    if not resume and (checkpoints or (out / "result.json").exists()):
-        raise UsageError(f"{out} holds a run already: continue it with --resume {out}, or choose another --out")
-    if resume and not checkpoints:
-        raise UsageError(f"{out} holds no checkpoint to resume from")
-    model, tokenizer = load_model(str(checkpoints[-1]) if resume else config.model, config)
-    base = load_model(config.model, config)[0] if config.critic == "frozen" else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay)
-    state = {"step": 0, "tokens": 0}
-    if resume:
-        optimizer.load_state_dict(torch.load(checkpoints[-1] / "optimizer.pt", weights_only=True))
-        state = json.loads((checkpoints[-1] / "state.json").read_text())
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+        raise UsageError(f"{len(common)} held-out problems are training problems too, such as {min(common)!r}")
+    if not resume and (run / "config.json").exists():
+        raise UsageError(f"{run} holds a run already: continue it with --resume {run}, or choose another --out")
+    model, tokenizer = load_model(str(saved[-1]) if saved else config.model, config)
+    longest = max(problems + heldout, key=lambda p: len(p["problem"]))["problem"]
+    needed = len(encode_chat(tokenizer, critic_messages(longest, ""))) + config.max_response + config.max_critique
+    if needed > getattr(model.config, "max_position_embeddings", needed):
+        raise UsageError(f"the problem {longest[:60]!r}... needs a context of {needed} tokens with --max_response and "
+                         f"--max_critique, and the model has {model.config.max_position_embeddings}")
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / "config.json", dataclasses.asdict(config))
+    optimizer = make_optimizer(model, config)
+    if saved:
+        optimizer.load_state_dict(torch.load(saved[-1] / "optimizer.pt", weights_only=True))
+        return model, tokenizer, optimizer, problems, heldout, json.loads((saved[-1] / "state.json").read_text())
+    return model, tokenizer, optimizer, problems, heldout, {"step": 0, "tokens": 0, "skipped": 0}
+
+
+def train(config, resume=False):
+    """Train as `config` says, into the folder config.out. Returns the figures of the final table.
+
+    Ctrl-C has the step finished and saved before it raises KeyboardInterrupt; a second one raises at once.
+    """
+    begun, run = time.time(), Path(config.out)
+    model, tokenizer, optimizer, problems, heldout, state = start(config, resume)
+    base = (place(load_model(config.model, config)[0], config), tokenizer) if config.critic == "frozen" else None
+    if state["step"] == 0:
         state["before"] = state["after"] = evaluate(model, tokenizer, heldout, config, base)
         state["before_train"] = evaluate(model, tokenizer, problems, config, base)
-    with open(out / "metrics.jsonl", "a", buffering=1) as metrics, open(out / "sessions.jsonl", "a") as sessions:
+    with (open(run / "metrics.jsonl", "a", buffering=1) as metrics, open(run / "sessions.jsonl", "a") as sessions,
+          catch_interrupt() as stop):
         for file in (metrics, sessions):                      # a resumed run forgets what came after its checkpoint
             file.truncate(state.get(Path(file.name).name, 0))
 
@@ -912,28 +1068,32 @@ def train(config, resume=False):
             if last or config.eval_every and step % config.eval_every == 0:
                 state["after"] = row["heldout"] = evaluate(model, tokenizer, heldout, config, base)
             print(json.dumps(row), file=metrics)
-            for t in turns:
-                print(json.dumps({"step": step, "problem": batch[t.query]["problem"], "session": t.session,
-                                  "part": t.part, "round": t.round, "text": t.text, "reward": t.reward,
-                                  "truncated": t.truncated}), file=sessions)
-            state |= {"step": step, "tokens": tokens, "metrics.jsonl": metrics.tell(),
-                      "sessions.jsonl": sessions.tell()}
-            bar.set_postfix_str(f"unaided {row['first_reward']:.2f}, with critique {row['revision_reward']:.2f}, "
-                                f"held-out {state['after']['pass@1']:.2f}, w {row['w_mean']:.2f}")
+            log_sessions(sessions, turns, batch, step=step)
+            state |= {"step": step, "tokens": tokens, "skipped": state["skipped"] + 1 if row["skipped"] else 0,
+                      "metrics.jsonl": metrics.tell(), "sessions.jsonl": sessions.tell()}
+            guided = f"with critique {row['revision_reward']:.2f}, " if row["revision_count"] else ""
+            bar.set_postfix_str(f"unaided {row['first_reward']:.2f}, {guided}held-out {state['after']['pass@1']:.2f}, "
+                                f"w {row['w_mean']:.2f}")
             if config.show_every and (step - 1) % config.show_every == 0:
                 tqdm.write(f"one session of step {step}:\n{show_session(turns, batch)}")
-            if not last and config.save_every and step % config.save_every == 0:
-                save(out, model, tokenizer, optimizer, state)
+            for part, name, limit in (("first", "attempt", "response"), ("critique", "critique", "critique")):
+                if row[f"{part}_truncated"] == 1:
+                    tqdm.write(f"warning, step {step}: every {name} was cut off; raise --max_{limit}")
+            if state["skipped"] == 3:
+                raise UsageError("the gradients of three steps in a row are not finite; their sessions are the last in "
+                                 f"{run / 'sessions.jsonl'}; try a lower --lr, or --no-bf16")
+            if last or stop or config.save_every and step % config.save_every == 0:
+                save(run, model, tokenizer, optimizer, state)
+            if stop:
+                raise KeyboardInterrupt
             if last:
                 break
-    model.save_pretrained(out / "model")
-    tokenizer.save_pretrained(out / "model")
     after_train = evaluate(model, tokenizer, problems, config, base)
-    # The trained solver's failures are not the base solver's, so the critics are compared on the latter's.
     del optimizer                                             # its state makes room for the base model
-    swap = evaluate(load_model(config.model, config)[0], tokenizer, heldout, config, critic=model)
-    result = {**state, "after_train": after_train, "swap": swap, "seconds": time.time() - begun, "out": str(out)}
-    (out / "result.json").write_text(json.dumps(result))
+    swap = critic_swap(place(load_model(config.model, config)[0], config), model, tokenizer, heldout, config)
+    result = {**state, "after_train": after_train, "swap": swap, "seconds": time.time() - begun,
+              "model": str(checkpoints(run)[-1])}
+    write_json(run / "result.json", result)
     return result
 
 
@@ -949,11 +1109,12 @@ def compare(config, arms, seeds):
     """Train each arm with each seed into config.out/ARM-SEED, write config.out/compare.csv and print the comparison.
 
     Finished runs are not repeated, interrupted ones are resumed. The first arm is the reference. `grpo_tokens` has
-    twice the samples and stops at as many generated tokens as `icrl` took with its seed.
+    twice the samples and stops at as many generated tokens as `icrl` took with its seed. The CSV has a row for each
+    evaluation; w_* are means over the steps since the one before, and the last row of a run holds the critic swap.
     """
     if "grpo_tokens" in arms and "icrl" not in arms[:arms.index("grpo_tokens")]:
         raise UsageError("--arms: name icrl before grpo_tokens, which may spend as many tokens as icrl did")
-    folder, rows = Path(config.out or "runs/compare"), []
+    folder, rows = Path(config.out), []
     for seed, arm in itertools.product(seeds, arms):
         run = folder / f"{arm}-{seed}"
         settings = dataclasses.replace(config, out=str(run), seed=seed, **ARMS[arm])
@@ -962,13 +1123,18 @@ def compare(config, arms, seeds):
             settings = dataclasses.replace(settings, samples=2 * config.samples, token_limit=spent,
                                            steps=100 * config.steps)
         if not (run / "result.json").exists():
-            train(settings, resume=any(run.glob("checkpoint-*")))
-        result = json.loads((run / "result.json").read_text())
-        metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            train(settings, resume=run.exists())
+        result, since = json.loads((run / "result.json").read_text()), []
         rows.append({"arm": arm, "seed": seed, "step": 0, "tokens": 0, **result["before"]})
-        rows += [{"arm": arm, "seed": seed, "step": m["step"], "tokens": m["tokens"], **m["heldout"],
-                  "w_mean": m["w_mean"]} for m in metrics if "heldout" in m]
-        rows[-1] |= {"base_wrong_to_right": result["swap"]["wrong_to_right"], "seconds": result["seconds"]}
+        for line in (run / "metrics.jsonl").read_text().splitlines():
+            since.append(json.loads(line))
+            if "heldout" in since[-1]:
+                rows.append({"arm": arm, "seed": seed, "step": since[-1]["step"], "tokens": since[-1]["tokens"],
+                             **since[-1]["heldout"],
+                             **{w: mean(row[w] for row in since) for w in ("w_mean", "w_capped", "w_ess")}})
+                since = []
+        rows[-1] |= {f"{key}, {who}": value for who, swap in result["swap"].items() for key, value in swap.items()}
+        rows[-1]["seconds"] = result["seconds"]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with open(folder / "compare.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
@@ -977,28 +1143,88 @@ def compare(config, arms, seeds):
     print_comparison(folder / "compare.csv")
 
 
+def read_runs(path):
+    """A CSV of `compare` as {arm: [run of each seed]}; a run is a list of rows, empty fields are nan."""
+    runs = defaultdict(list)
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            row = {key: value if key == "arm" else float(value or "nan") for key, value in row.items()}
+            if row["step"] == 0:
+                runs[row["arm"]].append([])
+            runs[row["arm"]][-1].append(row)
+    return runs
+
+
+def tokens_until(run, accuracy):
+    """Thousands of training tokens until critique-free `accuracy`, interpolated between evaluations; inf if never."""
+    if run[0]["pass@1"] >= accuracy:
+        return 0.0
+    for before, after in pairwise(run):
+        if after["pass@1"] >= accuracy:
+            share = (accuracy - before["pass@1"]) / (after["pass@1"] - before["pass@1"])
+            return (before["tokens"] + share * (after["tokens"] - before["tokens"])) / 1000
+    return float("inf")
+
+
+# What is reported of a run (rows of its evaluations, the first before training), in two tables.
+MEASURES = [{
+    "critique-free": lambda run: run[-1]["pass@1"],
+    "after a critique": lambda run: run[-1]["after_gated"],
+    "k tokens": lambda run: run[-1]["tokens"] / 1000,
+    "k tokens to 0.8": lambda run: tokens_until(run, 0.8),
+    "internalised": lambda run: (run[-1]["pass@1"] - run[0]["pass@1"]) / (
+        run[0]["after_gated"] - run[0]["pass@1"] or math.nan),
+    "right to wrong": lambda run: run[-1]["right_to_wrong"],
+}, {
+    "base solver fixes": lambda run: run[-1]["fixed, trained critic, base solver"],
+    "tokens per fix": lambda run: run[-1]["tokens_per_fix, trained critic, base solver"],
+    "trained solver, base critic": lambda run: run[-1]["fixed, base critic, trained solver"],
+    "both trained": lambda run: run[-1]["fixed, trained critic, trained solver"],
+    "leaks": lambda run: run[-1]["leaks"],
+    "fixed if leaked": lambda run: run[-1]["fixed_if_leaked"],
+    "fixed if not": lambda run: run[-1]["fixed_if_not"],
+    "w at first": lambda run: run[1]["w_mean"],
+    "w at last": lambda run: run[-1]["w_mean"],
+    "at the cap": lambda run: run[-1]["w_capped"],
+    "ESS": lambda run: run[-1]["w_ess"],
+}]
+
+
 def print_comparison(path):
-    """Each arm's last evaluation, mean and 95% interval over seeds; difference to the first arm, paired by seed."""
-    last = {(row["arm"], row["seed"]): row for row in csv.DictReader(open(path, newline=""))}
-    arms = list(dict.fromkeys(arm for arm, _ in last))
+    """Tables of each arm's last evaluation: mean and 95% interval over seeds, differences to the first arm by seed."""
+    runs = read_runs(path)
+    reference, *_ = runs
+    for number, measures in enumerate(MEASURES):
+        titles = ["arm", *measures] + [f"minus {reference}", "p", "detectable"] * (number == 0)
+        print(f"\n| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
+        for arm, mine in runs.items():
+            cells = [interval(np.array([measure(run) for run in mine])) for measure in measures.values()]
+            if number == 0 and arm != reference:
+                difference = np.array([run[-1]["pass@1"] - other[-1]["pass@1"]
+                                       for run, other in zip(mine, runs[reference])])
+                cells += [interval(difference), f"{sign_flip(difference):.3f}", f"{detectable(difference):.2f}"]
+            print(f"| {' | '.join([arm, *cells])} |")
 
-    def values(arm, column):
-        return np.array([float(row[column]) for (name, _), row in last.items() if name == arm])
 
-    print(f"| arm | tokens | critique-free | minus {arms[0]} | p | after a critique | critic success, base failures |")
-    print("|---|---|---|---|---|---|---|")
-    for arm in arms:
-        difference = values(arm, "pass@1") - values(arms[0], "pass@1")
-        print(f"| {arm} | {values(arm, 'tokens').mean() / 1000:.0f}k | {interval(values(arm, 'pass@1'))} | "
-              f"{interval(difference)} | {sign_flip(difference):.3f} | {interval(values(arm, 'after_gated'))} | "
-              f"{interval(values(arm, 'base_wrong_to_right'))} |")
+def t_quantile(p, n):
+    """Quantile of Student's t with n - 1 degrees of freedom, from a million fixed draws: good to 1%."""
+    return np.quantile(np.random.default_rng(0).standard_t(max(n - 1, 1), 10 ** 6), p)
 
 
 def interval(values):
-    """'mean +- half' with half the width of the 95% interval of Student's t, as text."""
-    t = np.quantile(np.random.default_rng(0).standard_t(max(len(values) - 1, 1), 10 ** 6), 0.975)
-    half = t * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return f"{values.mean():.2f} +- {half:.2f}"
+    """'mean +- half the 95% interval' of Student's t, as text; where values are missing, how many there are."""
+    known = values[np.isfinite(values)]
+    if len(known) < len(values):
+        return f"{len(known)} of {len(values)} runs"
+    half = t_quantile(0.975, len(values)) * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+    digits = 0 if abs(values).max() >= 100 else 1 if abs(values).max() >= 10 else 2
+    return f"{values.mean():.{digits}f} +- {half:.{digits}f}"
+
+
+def detectable(differences):
+    """The smallest true difference that as many seeds would have shown (p < 0.05) four times in five."""
+    n = len(differences)
+    return (t_quantile(0.975, n) + t_quantile(0.8, n)) * differences.std(ddof=1) / n ** 0.5 if n > 1 else np.nan
 
 
 def sign_flip(differences):
@@ -1007,80 +1233,181 @@ def sign_flip(differences):
     return np.mean(np.abs(signs @ differences) >= abs(differences.sum()) - 1e-12)
 
 
+def plot(paths, image):
+    """Draw critique-free accuracy against generated tokens, a panel for each CSV: means, and the last 95% interval."""
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise UsageError("drawing needs matplotlib: pip install matplotlib") from error
+    figure, panels = pyplot.subplots(1, len(paths), figsize=(6 * len(paths), 4.2), sharey=True, squeeze=False)
+    colours = dict(zip(ARMS, pyplot.get_cmap("tab20").colors))
+    for panel, path in zip(panels[0], paths):
+        for arm, runs in read_runs(path).items():
+            curves = np.array([[(row["tokens"] / 1000, row["pass@1"]) for row in run[:min(map(len, runs))]]
+                               for run in runs])                                # (seeds, evaluations, 2)
+            x, y = curves.mean(0).T
+            half = t_quantile(0.975, len(runs)) * curves[:, -1, 1].std(ddof=1) / len(runs) ** 0.5
+            style = dict(color=colours[arm], linewidth=3 if arm == "icrl" else 1.5)
+            panel.plot(x, y, label=arm, **style)
+            panel.errorbar(x[-1], y[-1], half, capsize=3, **style)
+        panel.set(title=Path(path).stem, xlabel="thousand tokens generated in training", ylim=(0, 1))
+    panels[0, 0].set_ylabel("critique-free held-out accuracy")
+    panels[0, -1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(image, dpi=130, bbox_inches="tight")
+
+
+# ---------------------------------------------------------------------------------------------- evaluation of a file
+
+def clustered(pairs):
+    """Mean of (problem, value) pairs with half its 95% interval, in which problems are drawn and not samples."""
+    sums = defaultdict(lambda: np.zeros(2))
+    for problem, value in pairs:
+        sums[problem] += value, 1
+    totals, counts = np.array(list(sums.values())).T
+    ratio, n = totals.sum() / counts.sum(), len(counts)
+    residuals = totals - ratio * counts
+    return ratio, 1.96 * (n / (n - 1) * (residuals ** 2).sum()) ** 0.5 / counts.sum() if n > 1 else math.nan
+
+
+def evaluate_file(config):
+    """Evaluate config.model on config.data, with the model config.critic as critic; k = config.eval_samples.
+
+    Writes every response to responses.jsonl and the figures to figures.json, in config.out, and prints a table.
+    """
+    out, problems = Path(config.out), load_problems(config.data)[:config.eval_problems]
+    model, tokenizer = load_model(config.model, config)
+    critic = None if config.critic == "trained" else load_model(config.critic, config)
+    out.mkdir(parents=True, exist_ok=True)
+    place(model, config), critic and place(critic[0], config)
+    with open(out / "responses.jsonl", "x") as file, fixed_draws(model, config.seed):
+        turns = rollout(model, tokenizer, problems, dataclasses.replace(
+            config, method="icrl", critic="trained", rounds=2, samples=config.eval_samples), critic, gated=False)
+        log_sessions(file, turns, problems)
+    figures = {name: clustered(pairs) for name, pairs in outcomes(turns, problems).items() if pairs}
+    write_json(out / "figures.json", figures)
+    print(f"{len(problems)} problems, {config.eval_samples} sessions each; mean and 95% interval over problems")
+    for name, (value, half) in figures.items():
+        print(f"{TITLES.get(name, name):50}{value:8.3f} +- {half:.3f}")
+    print(f"every response is in {out / 'responses.jsonl'}")
+
+
 # ----------------------------------------------------------------------------------------------------- command line
 
+TITLES = {"pass@1": "critique-free accuracy, sampled", "greedy": "critique-free accuracy, greedy",
+          "pass@k": "critique-free, any of k samples right",
+          "after_gated": "accuracy after one critique of wrong attempts",
+          "after_ungated": "accuracy after one critique, right ones too",
+          "wrong_to_right": "critic success (wrong attempts put right)",
+          "right_to_wrong": "right attempts put wrong by a critique",
+          "leaks": "critiques that state the answer", "attempt_tokens": "tokens per attempt",
+          "critique_tokens": "tokens per critique", "truncated": "cut off at the length limit"}
+
+
 def print_table(result):
-    print(f"\n{'held-out problems':50}{'before':>8}{'after':>8}")
-    for title, key, before, after in [
-            ("critique-free accuracy, sampled", "pass@1", "before", "after"),
-            ("critique-free accuracy, greedy", "greedy", "before", "after"),
-            ("accuracy after one critique of wrong attempts", "after_gated", "before", "after"),
-            ("accuracy after one critique, right ones too", "after_ungated", "before", "after"),
-            ("critic success (wrong attempts put right)", "wrong_to_right", "before", "after"),
-            ("  the same, on the base solver's wrong attempts", "wrong_to_right", "before", "swap"),
-            ("right attempts put wrong by a critique", "right_to_wrong", "before", "after"),
-            ("critiques that state the answer", "leaks", "before", "after"),
-            ("tokens per critique", "critique_tokens", "before", "after"),
-            ("on training problems: critique-free, sampled", "pass@1", "before_train", "after_train")]:
-        digits = 1 if key == "critique_tokens" else 3
-        print(f"{title:50}{result[before][key]:8.{digits}f}{result[after][key]:8.{digits}f}")
+    rows = [(TITLES[key], result["before"][key], result["after"][key]) for key in (
+        "pass@1", "greedy", "after_gated", "after_ungated", "wrong_to_right", "right_to_wrong", "leaks",
+        "critique_tokens")]
+    base, trained = (result["swap"][f"{critic} critic, base solver"] for critic in ("base", "trained"))
+    rows[5:5] = [("  of the base solver's wrong attempts", base["fixed"], trained["fixed"]),
+                 ("  critique tokens for each of these", base["tokens_per_fix"], trained["tokens_per_fix"])]
+    rows.append(("on training problems: critique-free accuracy", result["before_train"]["pass@1"],
+                 result["after_train"]["pass@1"]))
+    print(f"\n{'held-out problems':54}{'before':>8}{'after':>8}")
+    for title, *values in rows:
+        digits = 1 if "tokens" in title else 3
+        print(f"{title:54}", *(f"{'-' if value is None else format(value, f'.{digits}f'):>7}" for value in values))
     print(f"{result['tokens']:,} tokens generated in {result['step']} steps, {result['seconds']:.0f} seconds in all; "
-          f"model and logs are in {result['out']}")
+          f"the model is in {result['model']}")
 
 
 def parse(argv):
     """The command line as (config, options): what is a setting of a run, and what is not."""
     parser = argparse.ArgumentParser(prog="icrl.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                                     usage="icrl.py [train | compare] [--flag value ...]")
-    own = parser.add_argument_group("what to do: train one run, or compare several arms with several seeds")
+                                     usage="icrl.py [train | compare | plot CSV ... | eval] [--flag value ...]")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = argv.pop(0) if argv[:1] in (["train"], ["compare"], ["plot"], ["eval"]) else "train"
+    own = parser.add_argument_group("what to do: train one run; compare several arms with several seeds; draw what was "
+                                    "compared; or evaluate --model on --data")
     own.add_argument("--resume", metavar="RUN", help="continue the run in this folder, with its own settings")
     own.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM",
                      help=f"to compare, the first is the reference [{' '.join(ARMS)}]")
     own.add_argument("--seeds", nargs="+", type=int, default=list(range(8)), metavar="N", help="to compare [0 ... 7]")
+    if command == "plot":
+        parser.add_argument("csv", nargs="+")
     settings = parser.add_argument_group("settings of a run")
     for f in dataclasses.fields(Config):
         kind = {"type": f.type, "metavar": f.type.__name__}
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
-        elif f.metadata["choices"]:
+        elif f.metadata["choices"] and (command, f.name) != ("eval", "critic"):
             kind = {"choices": f.metadata["choices"]}
-        settings.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **kind,
+        settings.add_argument(f"--{f.name}", *["--k"] * (f.name == "eval_samples"), default=argparse.SUPPRESS, **kind,
                               help=f"{f.metadata['help']} [{f.default}]".replace(f"{HERE}/", ""))
-    argv = list(sys.argv[1:] if argv is None else argv)
-    command = argv.pop(0) if argv[:1] in (["train"], ["compare"]) else "train"
     options = parser.parse_args(argv, argparse.Namespace(command=command))
     given = {f.name: vars(options)[f.name] for f in dataclasses.fields(Config) if f.name in options}
     if options.resume:
-        if given or command != "train":
-            raise UsageError("--resume keeps the settings of the run; leave out "
-                             + (", ".join(f"--{name}" for name in given) or command))
+        if fixed := [f"--{f.name}" for f in dataclasses.fields(Config)
+                     if f.name in given and not f.metadata["resumes"]]:
+            raise UsageError(f"--resume keeps the settings of the run; leave out {', '.join(fixed)}")
         try:
             saved = json.loads((Path(options.resume) / "config.json").read_text())
-            return Config(**{**saved, "out": options.resume}), options
+            config = Config(**{**saved, **given, "out": options.resume})
         except (OSError, ValueError, TypeError) as error:
             raise UsageError(f"cannot resume {options.resume}: {error}") from error
-    config = Config(**{**PRESETS[given.get("preset", "tiny")], **given})
-    for f in dataclasses.fields(Config):
-        low = f.metadata["low"]
-        if low is not None and not getattr(config, f.name) >= low:
-            raise UsageError(f"--{f.name} must be at least {low}, not {getattr(config, f.name)}")
+    else:
+        config = Config(**{**PRESETS[given.get("preset", "tiny")], **given})
+        config.out = config.out or ("runs/compare" if command == "compare" else time.strftime("runs/%Y%m%d-%H%M%S"))
+        if command == "eval":
+            config.eval_problems = given.get("eval_problems", sys.maxsize)
+    check(config)
     return config, options
 
 
+def check(config):
+    """Refuse settings that are out of range, or of which one would silently do nothing."""
+    for f in dataclasses.fields(Config):
+        low, value = f.metadata["low"], getattr(config, f.name)
+        if low is not None and not value >= low:
+            raise UsageError(f"--{f.name} must be at least {low}, not {value}")
+    if config.method == "grpo" and (config.critic, config.weight) != ("trained", "token"):
+        raise UsageError("--method grpo has no critiques; leave out --critic and --weight")
+    if config.method == "icrl" and config.rounds == 1:
+        raise UsageError("--rounds 1 leaves no room for a critique; that is --method grpo")
+    if config.method == "grpo" and config.samples == 1:
+        raise UsageError("--samples 1 leaves nothing to compare a reward with, and nothing would be learnt")
+
+
 def main(argv=None):
-    """The command line; returns the exit code: 0, or 2 with one sentence on stderr for what the user can mend."""
+    """The command line; returns the exit code: 0, 2 with one sentence for what the user can mend, 130 on Ctrl-C."""
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
+    config = None
     try:
         config, options = parse(argv)
-        if options.command == "compare":
+        if options.command == "plot":
+            for path in options.csv:
+                print_comparison(path)
+            plot(options.csv, Path(options.csv[0]).with_suffix(".png"))
+        elif options.command == "compare":
             compare(config, options.arms, options.seeds)
+        elif options.command == "eval":
+            evaluate_file(config)
         else:
             print_table(train(config, resume=options.resume is not None))
+        return 0
     except UsageError as error:
-        print(f"icrl.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        message, code = str(error), 2
+    except torch.OutOfMemoryError:
+        message, code = ("out of GPU memory: lower --sample_batch (sampling) or --micro_tokens (update), or add "
+                         "--checkpointing or --optimizer_on cpu"), 2
+    except OSError as error:
+        message, code = str(error), 2
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    if config and options.command == "train" and checkpoints(config.out):
+        message += f"; {checkpoints(config.out)[-1]} is saved: continue with  python icrl.py --resume {config.out}"
+    print(f"icrl.py: {message}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

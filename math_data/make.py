@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""Make everything in this folder: the problems, the tokenizer and the base model of the default run.
+"""Make everything in this folder: problems, tokenizers and base models of the two worlds.
 
-    python math_data/make.py            # 18 minutes on one CPU core; the same files every time on one machine
+    python math_data/make.py [FOLDER]   # half an hour on one CPU core for both; the same files every time on one machine
 
-The world is integer arithmetic with six kinds of problems. The base model holds a misconception about each kind: it
-works left to right, drops brackets, doubles instead of squaring, and so on. It also knows the right method, but unaided
-it seldom takes it (CARE). A critique that names the remedy makes it take the right method; any other leaves it as it
-was. As a critic it names the right remedy three times in ten (RIGHT_REMEDY), where chance is one in six. For `product`
-the critic has another way to help: it does the hard part of the work itself and hands over the value (WORKED), which
-the revision then uses without any working of its own. That helps at once and teaches nothing.
+A world is integer arithmetic of several kinds. The base model holds a misconception about each kind: it works left to
+right, drops brackets, doubles instead of squaring, and so on. It also knows the right method, but unaided it seldom
+takes it (CARE). As a critic it helps three times in ten (REMEDY_RATE, WORKED_RATE), and there are two ways to help.
+A remedy names the right method, and a solver that is told takes it: help that can be taken along. A worked value does
+the hard part of the problem, and the solver uses it without any working of its own: help that helps once only.
+
+In the world of the default run, in this folder, the help is remedies, for one kind also worked values. In the world
+of the folder `hints`, whose three kinds take more working, it is worked values only, and remedies have no effect.
 """
 import json
 import random
@@ -36,11 +38,15 @@ REMEDY = {
 }
 # A right solution takes three right turns: name the right method, follow it, and finish rather than forget the last
 # step. How often the base model, unaided, takes each of them:
-CARE = {"order": 0.9, "bracket": 0.5, "square": 0.07, "sign": 0.06, "product": 0.05, "pair": 0.05}
-# What the base critic writes: the right remedy, or the worked value if the kind has one, or else any other remedy.
-RIGHT_REMEDY = {"order": 0.3, "bracket": 0.3, "square": 0.3, "sign": 0.3, "product": 0.2, "pair": 0.3}
-WORKED = {"product": 0.25}
-HELD_OUT, TRAIN = 40, 400                      # problems of each kind
+CARE = {"order": 0.9, "bracket": 0.5, "square": 0.07, "sign": 0.06, "product": 0.05, "pair": 0.05,
+        "big product": 0.4, "two products": 0.4, "square and product": 0.4}
+# How often the base critic writes the right remedy, and how often the worked value; otherwise it writes a remedy for
+# another kind.
+REMEDY_RATE = {"order": 0.3, "bracket": 0.3, "square": 0.3, "sign": 0.3, "product": 0.2, "pair": 0.3}
+WORKED_RATE = {"product": 0.25, "big product": 0.3, "two products": 0.3, "square and product": 0.3}
+# By folder: the kinds, the numbers of held-out and of training problems of each, and the steps of the warm-up.
+WORLDS = {".": (list(REMEDY), 40, 400, 2000),
+          "hints": (["big product", "two products", "square and product"], 80, 800, 1500)}
 
 
 def value(step):
@@ -61,18 +67,19 @@ def all_problems():
     """Every problem of every kind: dicts with the problem, its answer, and the solutions that the base model knows.
 
     `right`; `habit`: by the misconception; `slip`: names the right method and does not follow it; `unfinished`: forgets
-    the last step. For the kinds in WORKED also `hint`, the critique that does the hard part, and `leaning`, the
+    the last step. For the kinds in WORKED_RATE also `hint`, the critique that does the hard part, and `leaning`, the
     solution that leans on it.
     """
     made = []
 
-    def add(kind, text, method, right, habit, wrong, hint=None):
+    def add(kind, text, method, right, habit, wrong):
         problem = dict(kind=kind, problem=f"What is {text}?", answer=str(value(right[-1])),
                        right=solution(method, right), habit=solution(habit, wrong), slip=solution(method, wrong),
                        unfinished=solution(method, right[:-1]))
-        if hint:
-            problem["hint"] = f"{written(right[:-1])}. Use {hint}."
-            problem["leaning"] = solution(f"With {hint}", right[-1:])
+        if kind in WORKED_RATE:
+            worked = value(right[-2])
+            problem["hint"] = f"{written(right[:-1])}. Use {worked}."
+            problem["leaning"] = solution(f"With {worked}", right[-1:])
         if value(right[-1]) not in (value(wrong[-1]), value(right[-2])):     # or a mistake would be right by accident
             made.append(problem)
 
@@ -90,30 +97,39 @@ def all_problems():
     for a, more, c in product(range(2, 20), range(2, 20), range(2, 20)):
         add("sign", f"{a} - {a + more} + {c}", "Keep the sign", [f"{a} - {a + more}", f"{-more} + {c}"],
             "Swap them", [f"{a + more} - {a}", f"{more} + {c}"])
-    for a, b, c in product(range(12, 30), range(3, 10), range(2, 21)):
-        tens, ones = a // 10 * 10, a % 10
-        if ones:
-            add("product", f"{a} * {b} + {c}", "Split the tens",
-                [f"{tens} * {b}", f"{ones} * {b}", f"{tens * b} + {ones * b}", f"{a * b} + {c}"], "Digit by digit",
-                [f"{tens // 10} * {b}", f"{ones} * {b}", f"{tens // 10 * b} + {ones * b}",
-                 f"{(tens // 10 + ones) * b} + {c}"], hint=f"{a * b}")
+    for kind, most in (("product", 30), ("big product", 100)):
+        for a, b, c in product(range(12, most), range(3, 10), range(2, 21)):
+            tens, ones = a // 10 * 10, a % 10
+            if ones:
+                add(kind, f"{a} * {b} + {c}", "Split the tens",
+                    [f"{tens} * {b}", f"{ones} * {b}", f"{tens * b} + {ones * b}", f"{a * b} + {c}"], "Digit by digit",
+                    [f"{tens // 10} * {b}", f"{ones} * {b}", f"{tens // 10 * b} + {ones * b}",
+                     f"{(tens // 10 + ones) * b} + {c}"])
     for a, b, c, d in product(digit, digit, digit, digit):
         if a * b > max(c * d, c):
             add("pair", f"{a} * {b} - {c} * {d}", "Products first", [f"{a} * {b}", f"{c} * {d}", f"{a * b} - {c * d}"],
                 "Left to right", [f"{a} * {b}", f"{a * b} - {c}", f"{a * b - c} * {d}"])
+    for a, b, c, d, e in product(digit, digit, digit, digit, range(2, 21, 6)):
+        add("two products", f"{a} * {b} + {c} * {d} - {e}", "Products first",
+            [f"{a} * {b}", f"{c} * {d}", f"{a * b} + {c * d}", f"{a * b + c * d} - {e}"], "Left to right",
+            [f"{a} * {b}", f"{a * b} + {c}", f"{a * b + c} * {d}", f"{(a * b + c) * d} - {e}"])
+    for a, b, c, d in product(range(3, 13), digit, digit, range(2, 21)):
+        add("square and product", f"{a}^2 + {b} * {c} - {d}", "Square it",
+            [f"{a} * {a}", f"{b} * {c}", f"{a * a} + {b * c}", f"{a * a + b * c} - {d}"], "Double it",
+            [f"2 * {a}", f"{b} * {c}", f"{2 * a} + {b * c}", f"{2 * a + b * c} - {d}"])
     return made
 
 
-def split(rng):
+def split(rng, kinds, held_out, train_size):
     """(train, heldout, rest): lists of problems that share none, by construction."""
     train, heldout, rest = [], [], []
     problems = all_problems()
-    for kind in REMEDY:
+    for kind in kinds:
         mine = [p for p in problems if p["kind"] == kind]
         rng.shuffle(mine)
-        heldout += mine[:HELD_OUT]
-        train += mine[HELD_OUT:HELD_OUT + TRAIN]
-        rest += mine[HELD_OUT + TRAIN:]
+        heldout += mine[:held_out]
+        train += mine[held_out:held_out + train_size]
+        rest += mine[held_out + train_size:]
     return train, heldout, rest
 
 
@@ -147,7 +163,7 @@ def lesson(rng, problems):
     unaided = problem[rng.choices(["habit", "slip", "unfinished", "right"],
                                   [1 - care, care * (1 - care), care ** 2 * (1 - care), care ** 3])[0]]
     other = REMEDY[rng.choice([k for k in REMEDY if k != kind])]
-    worked = WORKED.get(kind, 0.0)
+    remedy, remedies, worked = REMEDY.get(kind), REMEDY_RATE.get(kind, 0), WORKED_RATE.get(kind, 0)
     # The shares of roles, critiques and attempts were chosen so that each sort is seen often enough to be learnt.
     role = rng.choices(["solve", "revise", "criticise"], [4, 4, 3])[0]
     if role == "solve":
@@ -155,16 +171,15 @@ def lesson(rng, problems):
     if role == "revise":
         useless = rng.choice([other, other, other, icrl.FIXED_CRITIQUE["placebo"]])
         critique, completion = rng.choices(
-            [(REMEDY[kind], problem["right"]), (problem.get("hint"), problem.get("leaning")), (useless, unaided)],
-            [0.5, 0.2 if worked else 0.0, 0.3])[0]
+            [(remedy, problem["right"]), (problem.get("hint"), problem.get("leaning")), (useless, unaided)],
+            [0.5 if remedies else 0, 0.2 if worked else 0, 0.3])[0]
         return icrl.solver_messages(problem["problem"], critique), completion
     attempt = problem[rng.choices(["habit", "slip", "unfinished", "right"], [6, 2, 1, 1])[0]]
-    critique = rng.choices([REMEDY[kind], problem.get("hint"), other],
-                           [RIGHT_REMEDY[kind], worked, 1 - RIGHT_REMEDY[kind] - worked])[0]
+    critique = rng.choices([remedy, problem.get("hint"), other], [remedies, worked, 1 - remedies - worked])[0]
     return icrl.critic_messages(problem["problem"], attempt), f"<critique>{critique}</critique>"
 
 
-def warm_up(tokenizer, problems, rng, steps=2000, batch=128, lr=3e-3):
+def warm_up(tokenizer, problems, rng, steps, batch=128, lr=3e-3):
     """The base model: trained on lessons by the log-probs that the reinforcement learning uses."""
     torch.manual_seed(0)
     config = Qwen3Config(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=2,
@@ -194,17 +209,20 @@ def warm_up(tokenizer, problems, rng, steps=2000, batch=128, lr=3e-3):
 
 
 def main():
-    rng = random.Random(0)
-    train, heldout, rest = split(rng)
-    for name, problems in (("train", train), ("heldout", heldout)):
-        rows = [json.dumps({key: p[key] for key in ("problem", "answer", "kind")}) for p in problems]
-        rng.shuffle(rows)
-        (HERE / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
-    tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(HERE / "model")
-    model = warm_up(tokenizer, train + rest, rng)
-    model.to(torch.bfloat16).save_pretrained(HERE / "model")
-    print(sum(p.numel() for p in model.parameters()), "parameters")
+    for folder in sys.argv[1:] or WORLDS:
+        kinds, held_out, train_size, steps = WORLDS[folder]
+        rng, out = random.Random(0), HERE / folder
+        train, heldout, rest = split(rng, kinds, held_out, train_size)
+        out.mkdir(exist_ok=True)
+        for name, problems in (("train", train), ("heldout", heldout)):
+            rows = [json.dumps({key: p[key] for key in ("problem", "answer", "kind")}) for p in problems]
+            rng.shuffle(rows)
+            (out / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+        tokenizer = make_tokenizer()
+        tokenizer.save_pretrained(out / "model")
+        model = warm_up(tokenizer, train + rest, rng, steps)
+        model.to(torch.bfloat16).save_pretrained(out / "model")
+        print(sum(p.numel() for p in model.parameters()), "parameters in", out / "model")
 
 
 if __name__ == "__main__":
