@@ -126,270 +126,6 @@ PRESETS = {
 }
 
 
-# --------------------------------------------------------------------------------------------------- answer checking
-#
-# The answer checker: find the box, bring both answers to one spelling, compare them part by part.
-#
-# Two formulas are equal if their values are: rational numbers exactly, all others to ten digits. Variables
-# get the same random values on both sides, three times over. Nothing is handed to Python or sympy to run:
-# the small parser at the end reads the notation below, and what it cannot read is compared as text.
-
-# What has several spellings, by the one that is used below. Signs that one answer carries and another leaves
-# out ($, %, degrees) are spelled as nothing, like the commands that only change the looks.
-SPELLING = {spelling: form for form, spellings in {
-    "": r"\left \right \big \Big \bigl \bigr \displaystyle \, \; \: \! \( \) $ \$ % \% ° ^° ^\circ ^{\circ}",
-    r"\text": r"\mbox \textbf \textit \textrm \mathrm \mathbf \operatorname \boxed", "{": r"\{", "}": r"\}",
-    r"\frac": r"\dfrac \tfrac \cfrac", r"\frac12": "½", r"\sqrt ": "√", r"\pi ": "π", "^2": "²", "^": "**",
-    "*": r"\cdot \times × ·", "/": r"\div ÷", "-": "− –", "±": r"\pm", "∓": r"\mp", " ": r"\ ~ \quad \qquad",
-    "<": r"\lt", ">": r"\gt", "≤": r"\le \leq", "≥": r"\ge \geq", "≈": r"\approx", "∈": r"\in", "∪": r"\cup",
-    "∞": r"\infty", "'": r"\prime", "(": r"\langle", ")": r"\rangle", ",": "{,} &", ";": r"\\",
-    "⟦": r"\begin{matrix} \begin{pmatrix} \begin{bmatrix}", "⟧": r"\end{matrix} \end{pmatrix} \end{bmatrix}",
-}.items() for spelling in spellings.split()}
-SPELLED = r"\\(?:begin|end)\{\w*\}|\^\{\\circ *\}|\^(?:\\circ|°)|\\! *|\\[A-Za-z]+|\{,\}|\*\*|\\?[^A-Za-z0-9]"
-
-UNITS = "cm|km|inches|feet|miles|units|kg|grams|dollars|cents|percent\\w*|pct|degrees|hours|days|weeks|years"
-GREEK = "alpha|beta|gamma|delta|epsilon|zeta|eta|theta|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|chi|psi|omega"
-FUNCTIONS = {name: getattr(fp, name.replace("arc", "a")) for name in (
-    "sqrt exp ln log sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan".split())}
-NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?"
-VARIABLE = rf"(?:[A-Za-z∞]|\\(?i:(?:var)?(?:{GREEK}))(?![A-Za-z]))(?:_(?:\{{[^{{}}]*\}}|\w))?'*"
-LABEL = rf"(?:(?:{VARIABLE}|[A-Z]+|[A-Za-z]{{3,}})(?:\([\w,\\]+\))?|\([a-z,]+\))"  # x, f(x), AB, Area, (p,q)
-
-REWRITES = [(re.compile(pattern), new) for pattern, new in [
-    (r"(?<!\\)\\\\(?=[a-z]{3})", r"\\"),                                          # \\frac, escaped twice
-    (SPELLED, lambda m: SPELLING.get(m[0].replace(" ", ""), m[0])),
-    (r"[, ]*(?:\\text *\{[, ]*(?:and|or)[, ]*\}|\b(?:and|or)\b)", ","),
-    (rf"(?<=[0-9}}]) *((?:square |cubic )?(?:{UNITS})\b)", r"\\text{\1}"),     # 8 cm
-    # 1,234 is a number, but (1,234) is a pair and 1, 234 a list.
-    (r"(?<![0-9,.(\[])(?<![(\[]-)[0-9]{1,3}(?:,[0-9]{3})+(?!,?[0-9])", lambda m: m[0].replace(",", "")),
-    (r" +(?![A-Za-z0-9])|(?<![A-Za-z0-9]) +", ""),                                # but 1 2 is not 12
-    (rf"(?<![\\A-Za-z])(?:np\.)?(pi|{'|'.join(FUNCTIONS)})(?![A-Za-z])", r"\\\1"),           # sqrt(2)
-    (r"\\(sin|cos|tan)\^(?:\{-1\}|-1)", r"\\arc\1"),
-    (r"\\(frac|sqrt) ?([0-9])", r"\\\1{\2}"),                                     # \frac12
-    (r"\\sqrt\[([0-9n])\]\{((?:[^{}]|\{[^{}]*\})*)\}", r"{\2}^{1/\1}"),                   # \sqrt[3]{2}
-    # A mixed number, as 1\frac{1}{2} and 1 1/2, is a sum.
-    (r"(?<![0-9.^_/])([0-9]+)(\\frac\{[0-9]+\}(?:[0-9]|\{[0-9]+\})| [0-9]+/[0-9]+)", r"(\1+\2)"),
-]]
-
-
-def extract_answer(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}` that is closed and not empty, or None without one.
-
-    What follows a `</think>` comes first; a box among the thoughts counts only if there is none behind them.
-    """
-    thoughts, _, rest = text.rpartition("</think>")
-    return _last_box(rest) or _last_box(thoughts)
-
-
-def _last_box(text):
-    """Braces are paired from the end, in linear time, so that one never closed cannot swallow a later box."""
-    ends, text = [], text[:text.rfind("}") + 1][-50_000:]     # no answer is longer, and no reward may take seconds
-    for brace in reversed(list(re.finditer(r"\\?\\(?:boxed|fbox)\s*\{|\\[\\{}]|[{}]", text))):
-        if brace[0] == "}":
-            ends.append(brace.start())
-        elif brace[0].endswith("{") and brace[0] != r"\{" and ends:
-            start, end = brace.end(), ends.pop()
-            if brace[0] != "{" and text[start:end].strip():
-                return text[start:end].strip()
-    return None
-
-
-def is_correct(response: str, answer: str) -> bool:
-    r"""Say whether the boxed answer of `response` is equal to the gold `answer`; no box is wrong.
-
-    Rational numbers, decimals among them, must be equal exactly, other values to a relative 1e-10. Only where
-    the gold answer is a decimal of three or more digits does a value count that rounds to it. A list or a set
-    may come in any order; a tuple, an interval or a matrix may not. A name (x = 5), a unit or the base of a
-    number (204_5) may be missing on one side, but two that differ are wrong. Words ignore case.
-    """
-    gold = answer.strip() if isinstance(answer, str) else str(answer)
-    if len(re.findall(r"\\boxed", gold)) == 1:                   # a gold answer may come in its own box
-        gold = extract_answer(gold) or gold
-    boxed = extract_answer(response)
-    if boxed is None or boxed == gold or max(len(boxed), len(gold)) > 400:    # too long to be worth parsing
-        return boxed == gold
-    return _same(_normalise(gold), _normalise(boxed))
-
-
-def _normalise(text):
-    text = " ".join(text.split())
-    for pattern, new in REWRITES:
-        text = pattern.sub(new, text)
-    return re.sub(r"(?<=[0-9}])≈.*", "", text).strip(" ,;:").rstrip(".")       # 1/3 \approx 0.33 is 1/3
-
-
-def _split(text, separators):
-    """Split `text` at the separators that stand outside all brackets."""
-    depths = accumulate((char in "([{⟦") - (char in ")]}⟧") for char in text)
-    cuts = [place for place, depth in enumerate(depths) if depth == 0 and text[place] in separators]
-    return [text[start + 1:end] for start, end in pairwise([-1, *cuts, len(text)])]
-
-
-def _items(text):
-    """The answers in a list, a set or a union; a plus-minus makes two."""
-    if text[:1] == "{" and _split(text, "}") == [text[:-1], ""]:
-        text = text[1:-1]
-    return [item.strip().translate({ord("±"): sign, ord("∓"): "+-"[sign == "+"]})
-            for item in _split(text, ",;∪") for sign in ("+-" if "±" in item else "+")]
-
-
-def _same(gold, pred):
-    """Compare two answers, or two parts of answers, by what they are made of."""
-    golds, preds = _items(gold), _items(pred)
-    if gold == pred or len(golds) != len(preds):
-        return gold == pred
-    if len(golds) > 1:
-        return all(sum(_same(item, gold) for gold in golds) == sum(_same(item, pred) for pred in preds)
-                   for item in golds)
-    # k = 2 + 3 = 5 says k = 5, and an inequality is an interval.
-    gold, pred = (_as_interval(re.sub("=.*=", "=", text)) for text in (golds[0], preds[0]))
-    if "∈" in gold and "∈" in pred:
-        return all(map(_same, gold.split("∈"), pred.split("∈")))
-    if "=" in gold and "=" in pred:
-        return _same_value(gold, pred) or all(map(_same, gold.split("="), pred.split("=")))
-    bare = [re.sub(rf"^(?:{LABEL})?[=≈∈]", "", text) for text in (gold, pred)]
-    if bare != [gold, pred]:
-        return _same(*bare)
-    golds, preds = _split(gold[1:-1], ",;"), _split(pred[1:-1], ",;")
-    if len(golds) > 1:                                        # a tuple, an interval or a matrix
-        form, pred_form = ([text[:1], text[-1:], text.count(";")] for text in (gold, pred))
-        return form == pred_form and len(golds) == len(preds) and all(map(_same, golds, preds))
-    (gold, gold_unit), (pred, pred_unit) = _take_unit(gold), _take_unit(pred)
-    return "=" not in gold + pred and gold_unit in ("", pred_unit or gold_unit) and _same_value(gold, pred)
-
-
-def _as_interval(text):
-    """3<x≤4 is x∈(3,4], and 5≤x is x∈[5,∞)."""
-    parts = re.split("([<>≤≥])", text)
-    if ">" in parts or "≥" in parts:
-        parts = [part.translate({ord(">"): "<", ord("≥"): "≤"}) for part in reversed(parts)]
-    if len(parts) == 3:
-        parts = ["-∞", "<", *parts] if re.fullmatch(VARIABLE, parts[0]) else [*parts, "<", "∞"]
-    if len(parts) != 5 or not re.fullmatch(VARIABLE, parts[2]):
-        return text
-    low, opening, name, closing, high = parts
-    return f"{name}∈{'(['[opening == '≤']}{low},{high}{')]'[closing == '≤']}"
-
-
-def _take_unit(text):
-    r"""12\text{cm} is ("12", "cm"). The base of a number, as in 204_5, counts as its unit."""
-    unit = r"\\text\{(?![ei]\})[A-Za-z ./]+\}(?:\^\{?-?[0-9]\}?)?"
-    end = re.search(rf"(?<=[A-Za-z0-9)}}\]])(?:{unit})+$|(?<=[0-9])_\{{?[0-9]+\}}?$|$", text).start()
-    return text[:end], re.sub(r"\\text|[ {}]|s\}", "", text[end:])
-
-
-def _same_value(gold, pred):
-    gold, pred = (re.sub(r"\\text\{([^{}]*)\}", r"\1", text) for text in (gold, pred))
-    if re.fullmatch(r"\(?[A-Za-z]\)?|(?i:no)|[A-Za-z ]{3,}", gold):   # the letter of a choice, or words
-        return gold.strip("()").casefold() == pred.strip("()").casefold()
-    try:
-        golds, preds = ([_value(text, trial) for trial in range(3)] for text in (gold, pred))
-        if "=" in gold:                                       # left minus right, up to a factor
-            golds, preds = ([value / values[0] for value in values] for values in (golds, preds))
-        decimal = re.fullmatch(r"-?(?=[0.]*[1-9](?:\.?[0-9]){2})[0-9]*\.([0-9]+)(e[-+]?[0-9]+)?", gold)
-        tolerance = Fraction(f"0.{'0' * len(decimal[1])}5{decimal[2] or ''}") if decimal else 0
-        return all(abs(x - y) <= max(tolerance, 0 if isinstance(x - y, Fraction) else 1e-10 * abs(x))
-                   for x, y in zip(golds, preds))
-    except (ValueError, ArithmeticError, RecursionError):     # one of the two has no value
-        return gold == pred
-
-
-def _power(base, exponent):
-    if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1:
-        # 9^{9^9} would fill the memory. "Not a number" is equal to nothing.
-        return base ** (exponent if len(str(base)) * abs(exponent) <= 1000 else fp.nan)
-    return (complex(base) + 0) ** complex(exponent)           # + 0 turns an imaginary part of -0 into 0
-
-
-# How strongly an operator binds to its left and its right. The space is the multiplication in 2x.
-OPERATORS = {"=": (1, 1, sub), "+": (2, 2, add), "-": (2, 2, sub), "*": (3, 4, mul), "/": (3, 4, truediv),
-             " ": (4, 4, mul), "^": (6, 5, _power)}
-CLOSING = {"(": ")", "[": "]", "{": "}"}
-CONSTANTS = {r"\pi": fp.pi, "e": fp.e, "i": 1j}
-
-
-def _value(text, trial):
-    """Evaluate a formula by precedence climbing; a variable's value depends on its name and `trial` only."""
-    rest = ["", *reversed(re.findall(rf"{NUMBER}|{VARIABLE}|\\[A-Za-z]+|\S", text))]    # the next is last
-
-    def formula(level):
-        value = operand()
-        while True:
-            # 2x is a product, but in \sin x \cos x the next function ends the argument.
-            implicit = re.match(r"[A-Za-z∞({[\\]", rest[-1]) and (level != 3 or rest[-1][1:] not in FUNCTIONS)
-            left, right, function = OPERATORS.get(" " if implicit else rest[-1], (0, 0, None))
-            if left <= level:
-                return value
-            if not implicit:
-                rest.pop()
-            value = function(value, formula(right))
-
-    def operand():
-        token = rest.pop()
-        if token in ("+", "-"):
-            return formula(5) if token == "+" else -formula(5)
-        if token in CLOSING:
-            value = formula(0)
-            if rest.pop() != CLOSING[token]:
-                raise ValueError
-            return value
-        if token == r"\frac":
-            return operand() / operand()
-        if token[1:] in FUNCTIONS:
-            base = rest.pop() and operand() if rest[-1] == "_" else fp.e                # \log_2 x
-            exponent = rest.pop() and formula(5) if rest[-1] == "^" else Fraction(1)    # \sin^2 x
-            argument = operand() if rest[-1] in CLOSING else formula(3)
-            return _power(FUNCTIONS[token[1:]](complex(argument) + 0) / fp.ln(complex(base)), exponent)   # ln e = 1
-        if token in CONSTANTS:
-            return CONSTANTS[token]
-        if re.fullmatch(VARIABLE, token):
-            draw = random.Random(f"{re.sub('[{}]', '', token)} {trial}")
-            return fp.rect(draw.uniform(1, 4), draw.uniform(0.1, 0.3))
-        return Fraction(token)
-
-    value = formula(0)
-    if rest != [""]:
-        raise ValueError
-    return value
-
-
-# --------------------------------------------------------------------------------------------------------- problems
-
-def load_problems(path):
-    """Problems from JSONL: an object a line with `problem` or `question`, and `answer` or `solution`.
-
-    The answer may be the bare answer, a GSM8K solution (after '####') or a MATH solution (in its last box). Returns
-    dicts with at least `problem` and `answer`. A line that cannot be used is an error that names file and line:
-    training on half a data set without saying so would be worse.
-    """
-    problems = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")    # splitlines() would cut inside strings
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UsageError(f"{path}, line {number}: not JSON: {error}") from error
-        row = row if isinstance(row, dict) else {}
-        problem, answer = row.get("problem", row.get("question")), row.get("answer", row.get("solution"))
-        answer = str(answer) if isinstance(answer, (str, int, float)) else ""
-        if "####" in answer:
-            answer = answer.rpartition("####")[2]
-        elif r"\boxed" in answer:
-            answer = extract_answer(answer) or ""
-        if not isinstance(problem, str) or not problem.strip() or not answer.strip():
-            raise UsageError(f"{path}, line {number}: expected text under 'problem' or 'question' and an answer under "
-                             "'answer' or 'solution'")
-        problems.append({**row, "problem": problem, "answer": answer.strip()})
-    if not problems:
-        raise UsageError(f"{path} holds no problems")
-    return problems
-
-
 # ---------------------------------------------------------------------------------------------------------- prompts
 
 SOLVER_SYSTEM = r"Solve the problem step by step and put the final answer in \boxed{}."
@@ -803,101 +539,6 @@ def update(model, optimizer, turns, config, pad_token_id=0):
     return stats
 
 
-# ------------------------------------------------------------------------------------------------------- evaluation
-
-def mean(values):
-    """The mean, or None where there is nothing to average: a 0 would read like a result."""
-    values = list(values)
-    return sum(values) / len(values) if values else None
-
-
-def evaluate(model, tokenizer, problems, config, critic=None):
-    """What the solver can do without critique, and what one critique does for it: means of `outcomes` by name.
-
-    Every attempt is criticised here, right ones too. critic: as in rollout, so by default the model itself, whatever
-    it was trained with. Consumes no training randomness.
-    """
-    problems = problems[:config.eval_problems]
-    config = dataclasses.replace(config, method="icrl", critic="trained", rounds=2, samples=config.eval_samples)
-    with fixed_draws(model, config.seed):
-        turns = rollout(model, tokenizer, problems, config, critic, gated=False)
-        greedy = rollout(model, tokenizer, problems, dataclasses.replace(config, rounds=1, temperature=0.0), samples=1)
-    return {"greedy": mean(t.reward for t in greedy),
-            **{name: mean(value for _, value in pairs) for name, pairs in outcomes(turns, problems).items()}}
-
-
-@contextlib.contextmanager
-def fixed_draws(model, seed):
-    """The same random draws every time, so that only the weights differ; outside, none is consumed."""
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
-def outcomes(turns, problems):
-    """What there is to count in the sessions of one ungated rollout with K = 2: lists of (problem's number, value).
-
-    `after_gated` keeps right attempts, as if an oracle had said that they are, which is how such results are usually
-    reported; `after_ungated` takes what comes out after the critique, for better or worse (the critic's prompt then
-    calls a right attempt failed, as in training).
-    """
-    first, critique, after = ({t.session: t for t in turns if t.part == part}
-                              for part in ("first", "critique", "revision"))
-    leaks = {s: states_answer(c.text, problems[c.query]["answer"]) for s, c in critique.items()}
-    best = defaultdict(float)
-    for t in first.values():
-        best[t.query] = max(best[t.query], t.reward)
-    right = {s: t.reward == 1 for s, t in first.items()}
-    kinds = {s: problems[t.query].get("kind") for s, t in first.items()}
-
-    def over(sessions, value):
-        return [(first[s].query, float(value(s))) for s in first if sessions(s)]
-
-    return {
-        "pass@1": over(lambda s: True, lambda s: first[s].reward),
-        "pass@k": list(best.items()),
-        "after_gated": over(lambda s: True, lambda s: max(first[s].reward, after[s].reward)),
-        "after_ungated": over(lambda s: True, lambda s: after[s].reward),
-        "wrong_to_right": over(lambda s: not right[s], lambda s: after[s].reward == 1),
-        "right_to_wrong": over(lambda s: right[s], lambda s: after[s].reward < 1),
-        "leaks": over(lambda s: True, lambda s: leaks[s]),
-        "fixed_if_leaked": over(lambda s: leaks[s] and not right[s], lambda s: after[s].reward == 1),
-        "fixed_if_not": over(lambda s: not leaks[s] and not right[s], lambda s: after[s].reward == 1),
-        "attempt_tokens": over(lambda s: True, lambda s: len(first[s].completion)),
-        "critique_tokens": over(lambda s: True, lambda s: len(critique[s].completion)),
-        "truncated": [(t.query, float(t.truncated)) for t in turns],
-        **{f"pass@1 {kind}": over(lambda s: kinds[s] == kind, lambda s: first[s].reward)
-           for kind in sorted({*kinds.values()} - {None})},
-    }
-
-
-def critic_swap(base, trained, tokenizer, problems, config):
-    """Critics compared on the same failures, those of the base solver: a trained solver's are fewer and harder.
-
-    Returns, for each critic and each solver that revises, the share of the failures put right and the critique tokens
-    spent for each of these: {"trained critic, base solver": {"fixed": 0.8, "tokens_per_fix": 12.0}, ...}.
-    """
-    problems, models, figures = problems[:config.eval_problems], {"base": base, "trained": trained}, {}
-    config = dataclasses.replace(config, method="icrl", critic="trained", rounds=2, samples=config.eval_samples)
-    with fixed_draws(base, config.seed):
-        attempts = rollout(base, tokenizer, problems, dataclasses.replace(config, rounds=1))
-        failures = [t for t in attempts if t.reward < 1]
-        for critic, solver in itertools.product(models, models):
-            turns = failures and rollout(models[solver], tokenizer, problems, config, (models[critic], tokenizer),
-                                         first=failures)
-            fixed = sum(t.reward == 1 for t in turns if t.part == "revision")
-            tokens = sum(len(t.completion) for t in turns if t.role == "critic")
-            figures[f"{critic} critic, {solver} solver"] = {"fixed": fixed / len(failures) if failures else None,
-                                                            "tokens_per_fix": tokens / fixed if fixed else None}
-    return figures
-
-
-def states_answer(critique, answer):
-    """Whether the critique gives the answer away: a number or a box in it that the grader accepts."""
-    stated = {extract_answer(critique) or "", *re.findall(r"-?\d[\d.,/]*\d|-?\d", critique)}
-    return any(is_correct(rf"\boxed{{{value}}}", answer) for value in stated)
-
-
 # --------------------------------------------------------------------------------------------------------- training
 
 def load_model(name, config):
@@ -1030,7 +671,7 @@ def start(config, resume):
     write_json(run / "config.json", dataclasses.asdict(config))
     optimizer = make_optimizer(model, config)
     if saved:
-        optimizer.load_state_dict(torch.load(saved[-1] / "optimizer.pt", weights_only=True))
+        optimizer.load_state_dict(torch.load(saved[-1] / "optimizer.pt", map_location="cpu", weights_only=True))
         return model, tokenizer, optimizer, problems, heldout, json.loads((saved[-1] / "state.json").read_text())
     return model, tokenizer, optimizer, problems, heldout, {"step": 0, "tokens": 0, "skipped": 0}
 
@@ -1095,6 +736,136 @@ def train(config, resume=False):
               "model": str(checkpoints(run)[-1])}
     write_json(run / "result.json", result)
     return result
+
+
+# ------------------------------------------------------------------------------------------------------- evaluation
+
+def mean(values):
+    """The mean, or None where there is nothing to average: a 0 would read like a result."""
+    values = list(values)
+    return sum(values) / len(values) if values else None
+
+
+def of_evaluation(config):
+    return dataclasses.replace(config, method="icrl", critic="trained", rounds=2, samples=config.eval_samples)
+
+
+def evaluate(model, tokenizer, problems, config, critic=None):
+    """What the solver can do without critique, and what one critique does for it: means of `outcomes` by name.
+
+    Every attempt is criticised here, right ones too. critic: as in rollout, so by default the model itself, whatever
+    it was trained with. Consumes no training randomness.
+    """
+    problems, config = problems[:config.eval_problems], of_evaluation(config)
+    with fixed_draws(model, config.seed):
+        turns = rollout(model, tokenizer, problems, config, critic, gated=False)
+        greedy = rollout(model, tokenizer, problems, dataclasses.replace(config, rounds=1, temperature=0.0), samples=1)
+    return {"greedy": mean(t.reward for t in greedy),
+            **{name: mean(value for _, value in pairs) for name, pairs in outcomes(turns, problems).items()}}
+
+
+@contextlib.contextmanager
+def fixed_draws(model, seed):
+    """The same random draws every time, so that only the weights differ; outside, none is consumed."""
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def outcomes(turns, problems):
+    """What there is to count in the sessions of one ungated rollout with K = 2: lists of (problem's number, value).
+
+    `after_gated` keeps right attempts, as if an oracle had said that they are, which is how such results are usually
+    reported; `after_ungated` takes what comes out after the critique, for better or worse (the critic's prompt then
+    calls a right attempt failed, as in training).
+    """
+    first, critique, after = ({t.session: t for t in turns if t.part == part}
+                              for part in ("first", "critique", "revision"))
+    leaks = {s: states_answer(c.text, problems[c.query]["answer"]) for s, c in critique.items()}
+    best = defaultdict(float)
+    for t in first.values():
+        best[t.query] = max(best[t.query], t.reward)
+    right = {s: t.reward == 1 for s, t in first.items()}
+    kinds = {s: problems[t.query].get("kind") for s, t in first.items()}
+
+    def over(sessions, value):
+        return [(first[s].query, float(value(s))) for s in first if sessions(s)]
+
+    return {
+        "pass@1": over(lambda s: True, lambda s: first[s].reward),
+        "pass@k": list(best.items()),
+        "after_gated": over(lambda s: True, lambda s: max(first[s].reward, after[s].reward)),
+        "after_ungated": over(lambda s: True, lambda s: after[s].reward),
+        "wrong_to_right": over(lambda s: not right[s], lambda s: after[s].reward == 1),
+        "right_to_wrong": over(lambda s: right[s], lambda s: after[s].reward < 1),
+        "leaks": over(lambda s: True, lambda s: leaks[s]),
+        "fixed_if_leaked": over(lambda s: leaks[s] and not right[s], lambda s: after[s].reward == 1),
+        "fixed_if_not": over(lambda s: not leaks[s] and not right[s], lambda s: after[s].reward == 1),
+        "attempt_tokens": over(lambda s: True, lambda s: len(first[s].completion)),
+        "critique_tokens": over(lambda s: True, lambda s: len(critique[s].completion)),
+        "truncated": [(t.query, float(t.truncated)) for t in turns],
+        **{f"pass@1 {kind}": over(lambda s: kinds[s] == kind, lambda s: first[s].reward)
+           for kind in sorted({*kinds.values()} - {None})},
+    }
+
+
+def critic_swap(base, trained, tokenizer, problems, config):
+    """Critics compared on the same failures, those of the base solver: a trained solver's are fewer and harder.
+
+    Returns, for each critic and each solver that revises, the share of the failures put right and the critique tokens
+    spent for each of these: {"trained critic, base solver": {"fixed": 0.8, "tokens_per_fix": 12.0}, ...}.
+    """
+    problems, config = problems[:config.eval_problems], of_evaluation(config)
+    models, figures = {"base": base, "trained": trained}, {}
+    with fixed_draws(base, config.seed):
+        attempts = rollout(base, tokenizer, problems, dataclasses.replace(config, rounds=1))
+        failures = [t for t in attempts if t.reward < 1]
+        for critic, solver in itertools.product(models, models):
+            turns = failures and rollout(models[solver], tokenizer, problems, config, (models[critic], tokenizer),
+                                         first=failures)
+            fixed = sum(t.reward == 1 for t in turns if t.part == "revision")
+            tokens = sum(len(t.completion) for t in turns if t.role == "critic")
+            figures[f"{critic} critic, {solver} solver"] = {"fixed": fixed / len(failures) if failures else None,
+                                                            "tokens_per_fix": tokens / fixed if fixed else None}
+    return figures
+
+
+def states_answer(critique, answer):
+    """Whether the critique gives the answer away: a number or a box in it that the grader accepts."""
+    stated = {extract_answer(critique) or "", *re.findall(r"-?\d[\d.,/]*\d|-?\d", critique)}
+    return any(is_correct(rf"\boxed{{{value}}}", answer) for value in stated)
+
+
+def clustered(pairs):
+    """Mean of (problem, value) pairs with half its 95% interval, in which problems are drawn and not samples."""
+    sums = defaultdict(lambda: np.zeros(2))
+    for problem, value in pairs:
+        sums[problem] += value, 1
+    totals, counts = np.array(list(sums.values())).T
+    ratio, n = totals.sum() / counts.sum(), len(counts)
+    residuals = totals - ratio * counts
+    return ratio, 1.96 * (n / (n - 1) * (residuals ** 2).sum()) ** 0.5 / counts.sum() if n > 1 else math.nan
+
+
+def evaluate_file(config):
+    """Evaluate config.model on config.data, with the model config.critic as critic; k = config.eval_samples.
+
+    Writes every response to responses.jsonl and the figures to figures.json, in config.out, and prints a table.
+    """
+    out, problems = Path(config.out), load_problems(config.data)[:config.eval_problems]
+    model, tokenizer = load_model(config.model, config)
+    critic = None if config.critic == "trained" else load_model(config.critic, config)
+    out.mkdir(parents=True, exist_ok=True)
+    place(model, config), critic and place(critic[0], config)
+    with open(out / "responses.jsonl", "x") as file, fixed_draws(model, config.seed):
+        turns = rollout(model, tokenizer, problems, of_evaluation(config), critic, gated=False)
+        log_sessions(file, turns, problems)
+    figures = {name: clustered(pairs) for name, pairs in outcomes(turns, problems).items() if pairs}
+    write_json(out / "figures.json", figures)
+    print(f"{len(problems)} problems, {config.eval_samples} sessions each; mean and 95% interval over problems")
+    for name, (value, half) in figures.items():
+        print(f"{TITLES.get(name, name):50}{value:8.3f} +- {half:.3f}")
+    print(f"every response is in {out / 'responses.jsonl'}")
 
 
 # -------------------------------------------------------------------------------------------------------- comparison
@@ -1212,13 +983,14 @@ def t_quantile(p, n):
 
 
 def interval(values):
-    """'mean +- half the 95% interval' of Student's t, as text; where values are missing, how many there are."""
+    """'mean +- half the 95% interval' of Student's t, as text; where values are missing it says of how many runs."""
     known = values[np.isfinite(values)]
-    if len(known) < len(values):
-        return f"{len(known)} of {len(values)} runs"
-    half = t_quantile(0.975, len(values)) * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
-    digits = 0 if abs(values).max() >= 100 else 1 if abs(values).max() >= 10 else 2
-    return f"{values.mean():.{digits}f} +- {half:.{digits}f}"
+    if len(known) == 0:
+        return "-"
+    half = t_quantile(0.975, len(known)) * known.std(ddof=1) / len(known) ** 0.5 if len(known) > 1 else np.nan
+    digits = 0 if abs(known).max() >= 100 else 1 if abs(known).max() >= 10 else 2
+    missing = f" ({len(known)} of {len(values)})" if len(known) < len(values) else ""
+    return f"{known.mean():.{digits}f} +- {half:.{digits}f}{missing}"
 
 
 def detectable(differences):
@@ -1256,39 +1028,270 @@ def plot(paths, image):
     figure.savefig(image, dpi=130, bbox_inches="tight")
 
 
-# ---------------------------------------------------------------------------------------------- evaluation of a file
+# --------------------------------------------------------------------------------------------------------- problems
 
-def clustered(pairs):
-    """Mean of (problem, value) pairs with half its 95% interval, in which problems are drawn and not samples."""
-    sums = defaultdict(lambda: np.zeros(2))
-    for problem, value in pairs:
-        sums[problem] += value, 1
-    totals, counts = np.array(list(sums.values())).T
-    ratio, n = totals.sum() / counts.sum(), len(counts)
-    residuals = totals - ratio * counts
-    return ratio, 1.96 * (n / (n - 1) * (residuals ** 2).sum()) ** 0.5 / counts.sum() if n > 1 else math.nan
+def load_problems(path):
+    """Problems from JSONL: an object a line with `problem` or `question`, and `answer`, `final_answer` or `solution`.
 
-
-def evaluate_file(config):
-    """Evaluate config.model on config.data, with the model config.critic as critic; k = config.eval_samples.
-
-    Writes every response to responses.jsonl and the figures to figures.json, in config.out, and prints a table.
+    The answer may be the bare answer, a list of answers, a GSM8K solution (after '####') or a MATH solution (in its
+    last box). Returns dicts with at least `problem` and `answer`. A line that cannot be used is an error that names
+    file and line: training on half a data set without saying so would be worse.
     """
-    out, problems = Path(config.out), load_problems(config.data)[:config.eval_problems]
-    model, tokenizer = load_model(config.model, config)
-    critic = None if config.critic == "trained" else load_model(config.critic, config)
-    out.mkdir(parents=True, exist_ok=True)
-    place(model, config), critic and place(critic[0], config)
-    with open(out / "responses.jsonl", "x") as file, fixed_draws(model, config.seed):
-        turns = rollout(model, tokenizer, problems, dataclasses.replace(
-            config, method="icrl", critic="trained", rounds=2, samples=config.eval_samples), critic, gated=False)
-        log_sessions(file, turns, problems)
-    figures = {name: clustered(pairs) for name, pairs in outcomes(turns, problems).items() if pairs}
-    write_json(out / "figures.json", figures)
-    print(f"{len(problems)} problems, {config.eval_samples} sessions each; mean and 95% interval over problems")
-    for name, (value, half) in figures.items():
-        print(f"{TITLES.get(name, name):50}{value:8.3f} +- {half:.3f}")
-    print(f"every response is in {out / 'responses.jsonl'}")
+    problems = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")    # splitlines() would cut inside strings
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UsageError(f"{path}, line {number}: not JSON: {error}") from error
+        row = {key.lower(): value for key, value in row.items()} if isinstance(row, dict) else {}
+        problem = row.get("problem", row.get("question"))
+        answer = row.get("answer", row.get("final_answer", row.get("solution")))
+        answer = ", ".join(map(str, answer)) if isinstance(answer, list) else answer
+        answer = str(answer) if isinstance(answer, (str, int, float)) else ""
+        if "####" in answer:
+            answer = answer.rpartition("####")[2]
+        elif r"\boxed" in answer:
+            answer = extract_answer(answer) or ""
+        if not isinstance(problem, str) or not problem.strip() or not answer.strip():
+            raise UsageError(f"{path}, line {number}: expected text under 'problem' or 'question' and an answer under "
+                             "'answer' or 'solution'")
+        problems.append({**row, "problem": problem, "answer": answer.strip()})
+    if not problems:
+        raise UsageError(f"{path} holds no problems")
+    return problems
+
+
+# --------------------------------------------------------------------------------------------------- answer checking
+#
+# The answer checker: find the box, bring both answers to one spelling, compare them part by part.
+#
+# Two formulas are equal if their values are: rational numbers exactly, all others to ten digits. Variables
+# get the same random values on both sides, three times over. Nothing is handed to Python or sympy to run:
+# the small parser at the end reads the notation below, and what it cannot read is compared as text.
+
+# What has several spellings, by the one that is used below. Signs that one answer carries and another leaves
+# out ($, %, degrees) are spelled as nothing, like the commands that only change the looks.
+SPELLING = {spelling: form for form, spellings in {
+    "": r"\left \right \big \Big \bigl \bigr \displaystyle \, \; \: \! \( \) $ \$ % \% ° ^° ^\circ ^{\circ}",
+    r"\text": r"\mbox \textbf \textit \textrm \mathrm \mathbf \operatorname \boxed", "{": r"\{", "}": r"\}",
+    r"\frac": r"\dfrac \tfrac \cfrac", r"\frac12": "½", r"\sqrt ": "√", r"\pi ": "π", "^2": "²", "^": "**",
+    "*": r"\cdot \times × ·", "/": r"\div ÷", "-": "− –", "±": r"\pm", "∓": r"\mp", " ": r"\ ~ \quad \qquad",
+    "<": r"\lt", ">": r"\gt", "≤": r"\le \leq", "≥": r"\ge \geq", "≈": r"\approx", "∈": r"\in", "∪": r"\cup",
+    "∞": r"\infty", "'": r"\prime", "(": r"\langle", ")": r"\rangle", ",": "{,} &", ";": r"\\",
+    "⟦": r"\begin{matrix} \begin{pmatrix} \begin{bmatrix}", "⟧": r"\end{matrix} \end{pmatrix} \end{bmatrix}",
+}.items() for spelling in spellings.split()}
+SPELLED = r"\\(?:begin|end)\{\w*\}|\^\{\\circ *\}|\^(?:\\circ|°)|\\! *|\\[A-Za-z]+|\{,\}|\*\*|\\?[^A-Za-z0-9]"
+
+UNITS = "cm|km|inches|feet|miles|units|kg|grams|dollars|cents|percent\\w*|pct|degrees|hours|days|weeks|years"
+GREEK = "alpha|beta|gamma|delta|epsilon|zeta|eta|theta|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|chi|psi|omega"
+FUNCTIONS = {name: getattr(fp, name.replace("arc", "a")) for name in (
+    "sqrt exp ln log sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan".split())}
+NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?"
+VARIABLE = rf"(?:[A-Za-z∞]|\\(?i:(?:var)?(?:{GREEK}))(?![A-Za-z]))(?:_(?:\{{[^{{}}]*\}}|\w))?'*"
+LABEL = rf"(?:(?:{VARIABLE}|[A-Z]+|[A-Za-z]{{3,}})(?:\([\w,\\]+\))?|\([a-z,]+\))"  # x, f(x), AB, Area, (p,q)
+
+REWRITES = [(re.compile(pattern), new) for pattern, new in [
+    (r"(?<!\\)\\\\(?=[a-z]{3})", r"\\"),                                          # \\frac, escaped twice
+    (SPELLED, lambda m: SPELLING.get(m[0].replace(" ", ""), m[0])),
+    (r"[, ]*(?:\\text *\{[, ]*(?:and|or)[, ]*\}|\b(?:and|or)\b)", ","),
+    (rf"(?<=[0-9}}]) *((?:square |cubic )?(?:{UNITS})\b)", r"\\text{\1}"),     # 8 cm
+    # 1,234 is a number, but (1,234) is a pair and 1, 234 a list.
+    (r"(?<![0-9,.(\[])(?<![(\[]-)[0-9]{1,3}(?:,[0-9]{3})+(?!,?[0-9])", lambda m: m[0].replace(",", "")),
+    (r" +(?![A-Za-z0-9])|(?<![A-Za-z0-9]) +", ""),                                # but 1 2 is not 12
+    (rf"(?<![\\A-Za-z])(?:np\.)?(pi|{'|'.join(FUNCTIONS)})(?![A-Za-z])", r"\\\1"),           # sqrt(2)
+    (r"\\(sin|cos|tan)\^(?:\{-1\}|-1)", r"\\arc\1"),
+    (r"\\(frac|sqrt) ?([0-9])", r"\\\1{\2}"),                                     # \frac12
+    (r"\\sqrt\[([0-9n])\]\{((?:[^{}]|\{[^{}]*\})*)\}", r"{\2}^{1/\1}"),                   # \sqrt[3]{2}
+    # A mixed number, as 1\frac{1}{2} and 1 1/2, is a sum.
+    (r"(?<![0-9.^_/])([0-9]+)(\\frac\{[0-9]+\}(?:[0-9]|\{[0-9]+\})| [0-9]+/[0-9]+)", r"(\1+\2)"),
+]]
+
+
+def extract_answer(text: str) -> str | None:
+    r"""The content of the last `\boxed{...}` that is closed and not empty, or None without one.
+
+    What follows a `</think>` comes first; a box among the thoughts counts only if there is none behind them.
+    """
+    thoughts, _, rest = text.rpartition("</think>")
+    return _last_box(rest) or _last_box(thoughts)
+
+
+def _last_box(text):
+    """Braces are paired from the end, in linear time, so that one never closed cannot swallow a later box."""
+    ends, text = [], text[:text.rfind("}") + 1][-50_000:]     # no answer is longer, and no reward may take seconds
+    for brace in reversed(list(re.finditer(r"\\?\\(?:boxed|fbox)\s*\{|\\[\\{}]|[{}]", text))):
+        if brace[0] == "}":
+            ends.append(brace.start())
+        elif brace[0].endswith("{") and brace[0] != r"\{" and ends:
+            start, end = brace.end(), ends.pop()
+            if brace[0] != "{" and text[start:end].strip():
+                return text[start:end].strip()
+    return None
+
+
+def is_correct(response: str, answer: str) -> bool:
+    r"""Say whether the boxed answer of `response` is equal to the gold `answer`; no box is wrong.
+
+    Rational numbers, decimals among them, must be equal exactly, other values to a relative 1e-10. Only where
+    the gold answer is a decimal of three or more digits does a value count that rounds to it. A list or a set
+    may come in any order; a tuple, an interval or a matrix may not. A name (x = 5), a unit or the base of a
+    number (204_5) may be missing on one side, but two that differ are wrong. Words ignore case.
+    """
+    gold = answer.strip() if isinstance(answer, str) else str(answer)
+    if len(re.findall(r"\\boxed", gold)) == 1:                   # a gold answer may come in its own box
+        gold = extract_answer(gold) or gold
+    boxed = extract_answer(response)
+    if boxed is None or boxed == gold or max(len(boxed), len(gold)) > 400:    # too long to be worth parsing
+        return boxed == gold
+    return _same(_normalise(gold), _normalise(boxed))
+
+
+def _normalise(text):
+    text = " ".join(text.split())
+    for pattern, new in REWRITES:
+        text = pattern.sub(new, text)
+    return re.sub(r"(?<=[0-9}])≈.*", "", text).strip(" ,;:").rstrip(".")       # 1/3 \approx 0.33 is 1/3
+
+
+def _split(text, separators):
+    """Split `text` at the separators that stand outside all brackets."""
+    depths = accumulate((char in "([{⟦") - (char in ")]}⟧") for char in text)
+    cuts = [place for place, depth in enumerate(depths) if depth == 0 and text[place] in separators]
+    return [text[start + 1:end] for start, end in pairwise([-1, *cuts, len(text)])]
+
+
+def _items(text):
+    """The answers in a list, a set or a union; a plus-minus makes two."""
+    if text[:1] == "{" and _split(text, "}") == [text[:-1], ""]:
+        text = text[1:-1]
+    return [item.strip().translate({ord("±"): sign, ord("∓"): "+-"[sign == "+"]})
+            for item in _split(text, ",;∪") for sign in ("+-" if "±" in item else "+")]
+
+
+def _same(gold, pred):
+    """Compare two answers, or two parts of answers, by what they are made of."""
+    golds, preds = _items(gold), _items(pred)
+    if gold == pred or len(golds) != len(preds):
+        return gold == pred
+    if len(golds) > 1:
+        return all(sum(_same(item, gold) for gold in golds) == sum(_same(item, pred) for pred in preds)
+                   for item in golds)
+    # k = 2 + 3 = 5 says k = 5, and an inequality is an interval.
+    gold, pred = (_as_interval(re.sub("=.*=", "=", text)) for text in (golds[0], preds[0]))
+    if "∈" in gold and "∈" in pred:
+        return all(map(_same, gold.split("∈"), pred.split("∈")))
+    if "=" in gold and "=" in pred:
+        return _same_value(gold, pred) or all(map(_same, gold.split("="), pred.split("=")))
+    bare = [re.sub(rf"^(?:{LABEL})?[=≈∈]", "", text) for text in (gold, pred)]
+    if bare != [gold, pred]:
+        return _same(*bare)
+    golds, preds = _split(gold[1:-1], ",;"), _split(pred[1:-1], ",;")
+    if len(golds) > 1:                                        # a tuple, an interval or a matrix
+        form, pred_form = ([text[:1], text[-1:], text.count(";")] for text in (gold, pred))
+        return form == pred_form and len(golds) == len(preds) and all(map(_same, golds, preds))
+    (gold, gold_unit), (pred, pred_unit) = _take_unit(gold), _take_unit(pred)
+    return "=" not in gold + pred and gold_unit in ("", pred_unit or gold_unit) and _same_value(gold, pred)
+
+
+def _as_interval(text):
+    """3<x≤4 is x∈(3,4], and 5≤x is x∈[5,∞)."""
+    parts = re.split("([<>≤≥])", text)
+    if ">" in parts or "≥" in parts:
+        parts = [part.translate({ord(">"): "<", ord("≥"): "≤"}) for part in reversed(parts)]
+    if len(parts) == 3:
+        parts = ["-∞", "<", *parts] if re.fullmatch(VARIABLE, parts[0]) else [*parts, "<", "∞"]
+    if len(parts) != 5 or not re.fullmatch(VARIABLE, parts[2]):
+        return text
+    low, opening, name, closing, high = parts
+    return f"{name}∈{'(['[opening == '≤']}{low},{high}{')]'[closing == '≤']}"
+
+
+def _take_unit(text):
+    r"""12\text{cm} is ("12", "cm"). The base of a number, as in 204_5, counts as its unit."""
+    unit = r"\\text\{(?![ei]\})[A-Za-z ./]+\}(?:\^\{?-?[0-9]\}?)?"
+    end = re.search(rf"(?<=[A-Za-z0-9)}}\]])(?:{unit})+$|(?<=[0-9])_\{{?[0-9]+\}}?$|$", text).start()
+    return text[:end], re.sub(r"\\text|[ {}]|s\}", "", text[end:])
+
+
+def _same_value(gold, pred):
+    gold, pred = (re.sub(r"\\text\{([^{}]*)\}", r"\1", text) for text in (gold, pred))
+    if re.fullmatch(r"\(?[A-Za-z]\)?|(?i:no)|[A-Za-z ]{3,}", gold):   # the letter of a choice, or words
+        return gold.strip("()").casefold() == pred.strip("()").casefold()
+    try:
+        golds, preds = ([_value(text, trial) for trial in range(3)] for text in (gold, pred))
+        if "=" in gold:                                       # left minus right, up to a factor
+            golds, preds = ([value / values[0] for value in values] for values in (golds, preds))
+        decimal = re.fullmatch(r"-?(?=[0.]*[1-9](?:\.?[0-9]){2})[0-9]*\.([0-9]+)(e[-+]?[0-9]+)?", gold)
+        tolerance = Fraction(f"0.{'0' * len(decimal[1])}5{decimal[2] or ''}") if decimal else 0
+        return all(abs(x - y) <= max(tolerance, 0 if isinstance(x - y, Fraction) else 1e-10 * abs(x))
+                   for x, y in zip(golds, preds))
+    except (ValueError, ArithmeticError, RecursionError):     # one of the two has no value
+        return gold == pred
+
+
+def _power(base, exponent):
+    if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1:
+        # 9^{9^9} would fill the memory. "Not a number" is equal to nothing.
+        return base ** (exponent if len(str(base)) * abs(exponent) <= 1000 else fp.nan)
+    return (complex(base) + 0) ** complex(exponent)           # + 0 turns an imaginary part of -0 into 0
+
+
+# How strongly an operator binds to its left and its right. The space is the multiplication in 2x.
+OPERATORS = {"=": (1, 1, sub), "+": (2, 2, add), "-": (2, 2, sub), "*": (3, 4, mul), "/": (3, 4, truediv),
+             " ": (4, 4, mul), "^": (6, 5, _power)}
+CLOSING = {"(": ")", "[": "]", "{": "}"}
+CONSTANTS = {r"\pi": fp.pi, "e": fp.e, "i": 1j}
+
+
+def _value(text, trial):
+    """Evaluate a formula by precedence climbing; a variable's value depends on its name and `trial` only."""
+    rest = ["", *reversed(re.findall(rf"{NUMBER}|{VARIABLE}|\\[A-Za-z]+|\S", text))]    # the next is last
+
+    def formula(level):
+        value = operand()
+        while True:
+            # 2x is a product, but in \sin x \cos x the next function ends the argument.
+            implicit = re.match(r"[A-Za-z∞({[\\]", rest[-1]) and (level != 3 or rest[-1][1:] not in FUNCTIONS)
+            left, right, function = OPERATORS.get(" " if implicit else rest[-1], (0, 0, None))
+            if left <= level:
+                return value
+            if not implicit:
+                rest.pop()
+            value = function(value, formula(right))
+
+    def operand():
+        token = rest.pop()
+        if token in ("+", "-"):
+            return formula(5) if token == "+" else -formula(5)
+        if token in CLOSING:
+            value = formula(0)
+            if rest.pop() != CLOSING[token]:
+                raise ValueError
+            return value
+        if token == r"\frac":
+            return operand() / operand()
+        if token[1:] in FUNCTIONS:
+            base = rest.pop() and operand() if rest[-1] == "_" else fp.e                # \log_2 x
+            exponent = rest.pop() and formula(5) if rest[-1] == "^" else Fraction(1)    # \sin^2 x
+            argument = operand() if rest[-1] in CLOSING else formula(3)
+            return _power(FUNCTIONS[token[1:]](complex(argument) + 0) / fp.ln(complex(base)), exponent)   # ln e = 1
+        if token in CONSTANTS:
+            return CONSTANTS[token]
+        if re.fullmatch(VARIABLE, token):
+            draw = random.Random(f"{re.sub('[{}]', '', token)} {trial}")
+            return fp.rect(draw.uniform(1, 4), draw.uniform(0.1, 0.3))
+        return Fraction(token)
+
+    value = formula(0)
+    if rest != [""]:
+        raise ValueError
+    return value
 
 
 # ----------------------------------------------------------------------------------------------------- command line

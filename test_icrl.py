@@ -912,6 +912,48 @@ def test_groups_are_what_they_are_called(groups, together):
     assert sorted(map(" ".join, found.values())) == sorted(together)
 
 
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
+@pytest.mark.parametrize("method", ["grpo", "icrl"])
+def test_trl_agrees(method, tmp_path):
+    """One batch through TRL's rollout hook, its correction for another sampler, and its loss and gradient.
+
+    TRL computes w_t by itself if the log-probs under (q, c) are handed to it as those of the sampler.
+    """
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    config = settings(method=method, device="cpu")
+    model, tokenizer = icrl.load_model(str(DATA / "model"), config)
+    turns = [t for t in a_rollout() if method == "icrl" or t.part == "first"]
+    prompts, free, completions, rewards = zip(*((t.prompt, t.free_prompt, t.completion, t.reward) for t in turns))
+    with torch.no_grad():
+        (old, mask), (guided, _) = (icrl.completion_logprobs(model, by, completions, config.temperature)
+                                    for by in (free, prompts))
+    w = icrl.calibration_ratio(old, guided, torch.tensor([t.guided for t in turns]), config.w_max)
+    A = icrl.role_advantages(rewards, [(t.query, t.role) for t in turns], delta=1e-4)
+    sampled = {"prompt_ids": free, "completion_ids": completions, "reward": list(rewards),
+               "logprobs": [row[:len(completion)].tolist() for row, completion in zip(guided, completions)]}
+    twin, trainer = copy.deepcopy(model), trl.GRPOTrainer(model, lambda reward, **_: reward, trl.GRPOConfig(
+        str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", loss_type="grpo",
+        per_device_train_batch_size=len(turns), num_generations=3, temperature=config.temperature,
+        epsilon=config.clip_low, epsilon_high=config.clip_high, vllm_importance_sampling_mode="token_truncate",
+        vllm_importance_sampling_clip_max=config.w_max), datasets.Dataset.from_list([{"prompt": ""}]),
+        processing_class=tokenizer, rollout_func=lambda *_: sampled)
+    trainer.use_vllm, trainer._last_loaded_step = True, 0     # TRL corrects for vLLM only; there is none to load into
+    inputs = trainer._generate_and_score_completions([{"prompt": ""} for _ in turns])
+    assert method == "icrl" or inputs["advantages"].tolist() == pytest.approx(A.tolist(), abs=1e-5)
+    inputs["advantages"] = A                                  # TRL's groups are of one size, those of Eq. 5 are not
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p, q in zip(model.parameters(), twin.parameters()):
+            q.copy_(p.add_(0.002 * torch.randn_like(p)))      # so that rho is not 1
+    logp, _ = icrl.completion_logprobs(twin, free, completions, config.temperature)
+    J = icrl.icrl_objective(logp, old, A, w, mask, config.clip_low, config.clip_high)
+    loss, rho = trainer._compute_loss(model, inputs), (logp - old).exp()
+    (loss - J).backward()                                     # one to the model, one to its twin
+    assert loss.item() == pytest.approx(-J.item(), abs=1e-5)
+    torch.testing.assert_close(flat_gradient(model), flat_gradient(twin), rtol=1e-3, atol=1e-5)
+    assert rho.max() > 1.28 and rho.min() < 0.8 and (w.max() == 2 and w.min() < 1) == (method == "icrl")
+
+
 # ------------------------------------------------------------------------------------------------------- evaluation
 
 def test_evaluation_counts_what_it_says(monkeypatch):
