@@ -122,7 +122,8 @@ PRESETS = {
         ("model", "model"), ("data", "train.jsonl"), ("heldout", "heldout.jsonl"))},
     "qwen3": dict(model="Qwen/Qwen3-4B-Instruct-2507", lr=1e-6, weight_decay=0.1, clip_high=0.28, steps=300,
                   max_response=2048, max_critique=1024, bf16=True, checkpointing=True, sample_batch=32,
-                  micro_tokens=8192, eval_every=10, show_every=1, save_every=50),     # 16 problems x 8 sessions above
+                  micro_tokens=8192, optimizer_on="cpu", eval_every=10, show_every=1, save_every=50),
+    # 16 problems x 8 sessions, K = 2, temperature 1 and w_max 2 are the paper's too
 }
 
 
@@ -793,7 +794,7 @@ def outcomes(turns, problems):
 
     return {
         "pass@1": over(lambda s: True, lambda s: first[s].reward),
-        "pass@k": list(best.items()),
+        **({"pass@k": list(best.items())} if len(best) < len(first) else {}),
         "after_gated": over(lambda s: True, lambda s: max(first[s].reward, after[s].reward)),
         "after_ungated": over(lambda s: True, lambda s: after[s].reward),
         "wrong_to_right": over(lambda s: not right[s], lambda s: after[s].reward == 1),
@@ -862,9 +863,9 @@ def evaluate_file(config):
         log_sessions(file, turns, problems)
     figures = {name: clustered(pairs) for name, pairs in outcomes(turns, problems).items() if pairs}
     write_json(out / "figures.json", figures)
-    print(f"{len(problems)} problems, {config.eval_samples} sessions each; mean and 95% interval over problems")
-    for name, (value, half) in figures.items():
-        print(f"{TITLES.get(name, name):50}{value:8.3f} +- {half:.3f}")
+    print(f"{len(problems)} problems, {config.eval_samples} sessions each; the interval is 95%, over problems")
+    print_figures({"mean": {name: value for name, (value, _) in figures.items()},
+                   "+-": {name: half for name, (_, half) in figures.items()}})
     print(f"every response is in {out / 'responses.jsonl'}")
 
 
@@ -1301,24 +1302,27 @@ TITLES = {"pass@1": "critique-free accuracy, sampled", "greedy": "critique-free 
           "after_gated": "accuracy after one critique of wrong attempts",
           "after_ungated": "accuracy after one critique, right ones too",
           "wrong_to_right": "critic success (wrong attempts put right)",
-          "right_to_wrong": "right attempts put wrong by a critique",
-          "leaks": "critiques that state the answer", "attempt_tokens": "tokens per attempt",
-          "critique_tokens": "tokens per critique", "truncated": "cut off at the length limit"}
+          "fixed": "  of the base solver's wrong attempts", "tokens_per_fix": "  critique tokens for each of these",
+          "right_to_wrong": "right attempts put wrong by a critique", "leaks": "critiques that state the answer",
+          "attempt_tokens": "tokens per attempt", "critique_tokens": "tokens per critique",
+          "truncated": "cut off at the length limit", "train": "on training problems: critique-free accuracy"}
 
 
-def print_table(result):
-    rows = [(TITLES[key], result["before"][key], result["after"][key]) for key in (
-        "pass@1", "greedy", "after_gated", "after_ungated", "wrong_to_right", "right_to_wrong", "leaks",
-        "critique_tokens")]
-    base, trained = (result["swap"][f"{critic} critic, base solver"] for critic in ("base", "trained"))
-    rows[5:5] = [("  of the base solver's wrong attempts", base["fixed"], trained["fixed"]),
-                 ("  critique tokens for each of these", base["tokens_per_fix"], trained["tokens_per_fix"])]
-    rows.append(("on training problems: critique-free accuracy", result["before_train"]["pass@1"],
-                 result["after_train"]["pass@1"]))
-    print(f"\n{'held-out problems':54}{'before':>8}{'after':>8}")
-    for title, *values in rows:
-        digits = 1 if "tokens" in title else 3
-        print(f"{title:54}", *(f"{'-' if value is None else format(value, f'.{digits}f'):>7}" for value in values))
+def print_figures(columns):
+    """Columns of figures by name, under their headings; the accuracy on each kind of problem comes last."""
+    print(f"\n{'':50}", *(f"{heading:>7}" for heading in columns))
+    kinds = {name: f"  {name[7:]}" for figures in columns.values() for name in figures if name.startswith("pass@1 ")}
+    for name, title in {**TITLES, **kinds}.items():
+        if values := [figures.get(name) for figures in columns.values() if name in figures]:
+            digits = 1 if "tokens" in name else 3
+            print(f"{title:50}", *(f"{'-' if value is None else format(value, f'.{digits}f'):>7}" for value in values))
+
+
+def print_result(result):
+    columns = {when: {**result[when], "train": result[f"{when}_train"]["pass@1"],
+                      **result["swap"][f"{critic} critic, base solver"]}
+               for when, critic in (("before", "base"), ("after", "trained"))}
+    print_figures(columns)
     print(f"{result['tokens']:,} tokens generated in {result['step']} steps, {result['seconds']:.0f} seconds in all; "
           f"the model is in {result['model']}")
 
@@ -1396,7 +1400,7 @@ def main(argv=None):
         elif options.command == "eval":
             evaluate_file(config)
         else:
-            print_table(train(config, resume=options.resume is not None))
+            print_result(train(config, resume=options.resume is not None))
         return 0
     except UsageError as error:
         message, code = str(error), 2
