@@ -13,6 +13,8 @@ import itertools
 import json
 import math
 import random
+import re
+import runpy
 import shutil
 import statistics
 import time
@@ -58,6 +60,8 @@ def log(*rows):
     ({"problem": "6 * 7?", "answer": 42}, "42"),
     ({"question": "6 * 7?", "answer": "6 * 7 = <<6*7=42>>42\n#### 42"}, "42"),
     ({"problem": "6 * 7?", "solution": r"Not $\boxed{13}$ but $\boxed{\frac{84}{2}}$."}, r"\frac{84}{2}"),
+    ({"question": "6 * 7?", "solution": ["Multiply."], "final_answer": ["42", "$-42$"]}, "42, $-42$"),
+    ({"question": "6 * 7?", "answer": 42.0}, "42.0"),
 ])
 def test_data_sets_are_read_as_they_come(row, answer, tmp_path):
     path = tmp_path / "data.jsonl"
@@ -67,7 +71,7 @@ def test_data_sets_are_read_as_they_come(row, answer, tmp_path):
 
 @pytest.mark.parametrize("line", ["not json", "[1]", "{}", '{"problem": "?"}', '{"problem": " ", "answer": "1"}',
                                   '{"problem": "?", "answer": ""}', '{"problem": "?", "answer": "####"}',
-                                  '{"problem": "?", "answer": ["1"]}', r'{"problem": "?", "solution": "\\boxed{"}'])
+                                  '{"problem": "?", "answer": {"x": 1}}', r'{"problem": "?", "solution": "\\boxed{"}'])
 def test_a_line_that_cannot_be_used_is_named(line, tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(f'{{"problem": "?", "answer": "1"}}\n{line}\n')
@@ -75,11 +79,28 @@ def test_a_line_that_cannot_be_used_is_named(line, tmp_path):
         icrl.load_problems(path)
 
 
-def test_the_shipped_problems_have_right_answers_and_none_is_in_both_sets():
-    train, heldout = (icrl.load_problems(DATA / f"{name}.jsonl") for name in ("train", "heldout"))
+def test_capitals_in_names_of_fields_do_not_matter(tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"ID": "2024-I-1", "Problem": "6 * 7?", "Answer": 42}')
+    assert icrl.load_problems(tmp_path / "data.jsonl") == [{"id": "2024-I-1", "problem": "6 * 7?", "answer": "42"}]
+
+
+@pytest.mark.parametrize("world", [".", "hints"])
+def test_the_shipped_problems_have_right_answers_and_none_is_in_both_sets(world):
+    train, heldout = (icrl.load_problems(DATA / world / f"{name}.jsonl") for name in ("train", "heldout"))
     for p in train + heldout:
         assert eval(p["problem"].removeprefix("What is ").rstrip("?").replace("^", "**")) == int(p["answer"])
     assert len({p["problem"] for p in train + heldout}) == len(train) + len(heldout)
+
+
+def test_the_word_problems_can_be_graded_and_made_again(tmp_path):
+    train, heldout = (icrl.load_problems(DATA / f"words_{name}.jsonl") for name in ("train", "heldout"))
+    assert len(train) >= 4000 and len(heldout) >= 500
+    assert not {p["problem"] for p in train} & {p["problem"] for p in heldout}
+    for p in train + heldout:
+        assert accepts(p["answer"], p["answer"]) and not accepts(p["answer"] + "1", p["answer"])
+    runpy.run_path(shutil.copy(DATA / "words.py", tmp_path), run_name="__main__")
+    for name in ("words_train.jsonl", "words_heldout.jsonl"):
+        assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
 
 
 def test_every_epoch_holds_every_problem_once_in_an_order_of_its_own():
