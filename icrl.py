@@ -21,6 +21,9 @@ Where this file departs from the paper, why, and the switch:
      (the paper leaves both open).
   d. Eq. 6 is averaged over each sample's tokens and then over samples; the paper writes one expectation over both.
 What the authors' released code does differently from their paper is listed in the README.
+
+How to read it: configuration, prompts, sampling, sessions, equations and update are the method. Training,
+evaluation and comparison run and measure it. Problems, the answer checker and the command line come last.
 """
 import argparse
 import contextlib
