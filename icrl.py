@@ -496,7 +496,7 @@ def update(model, optimizer, turns, config, pad_token_id=0):
     # flat there is no step at all, for AdamW would still move the weights, by momentum and weight decay.
     active = advantages.nonzero()[:, 0].tolist()
     stats = {"flat_groups": 1 - len({groups[i] for i in active}) / len(set(groups)), "objective": 0.0, "grad_norm": 0.0,
-             "skipped": 0, "w_mean": 1.0, "w_capped": 0.0, "w_ess": 1.0}
+             "skipped": 0, "w_mean": None, "w_capped": None, "w_ess": None}
 
     def logprobs(indices, with_critique):
         prompts = [turns[i].prompt if with_critique else turns[i].free_prompt for i in indices]
@@ -716,9 +716,9 @@ def train(config, resume=False):
             log_sessions(sessions, turns, batch, step=step)
             state |= {"step": step, "tokens": tokens, "skipped": state["skipped"] + 1 if row["skipped"] else 0,
                       "metrics.jsonl": metrics.tell(), "sessions.jsonl": sessions.tell()}
-            guided = f"with critique {row['revision_reward']:.2f}, " if row["revision_count"] else ""
-            bar.set_postfix_str(f"unaided {row['first_reward']:.2f}, {guided}held-out {state['after']['pass@1']:.2f}, "
-                                f"w {row['w_mean']:.2f}")
+            shown = {"unaided": row["first_reward"], "with critique": row["revision_reward"], "w": row["w_mean"],
+                     "held-out": state["after"]["pass@1"]}
+            bar.set_postfix_str(", ".join(f"{name} {value:.2f}" for name, value in shown.items() if value is not None))
             if config.show_every and (step - 1) % config.show_every == 0:
                 tqdm.write(f"one session of step {step}:\n{show_session(turns, batch)}")
             for part, name, limit in (("first", "attempt", "response"), ("critique", "critique", "critique")):
@@ -906,7 +906,8 @@ def compare(config, arms, seeds):
             if "heldout" in since[-1]:
                 rows.append({"arm": arm, "seed": seed, "step": since[-1]["step"], "tokens": since[-1]["tokens"],
                              **since[-1]["heldout"],
-                             **{w: mean(row[w] for row in since) for w in ("w_mean", "w_capped", "w_ess")}})
+                             **{w: mean(row[w] for row in since if row[w] is not None)
+                                for w in ("w_mean", "w_capped", "w_ess")}})
                 since = []
         rows[-1] |= {f"{key}, {who}": value for who, swap in result["swap"].items() for key, value in swap.items()}
         rows[-1]["seconds"] = result["seconds"]
@@ -970,15 +971,17 @@ def print_comparison(path):
     runs = read_runs(path)
     reference, *_ = runs
     for number, measures in enumerate(MEASURES):
-        titles = ["arm", *measures] + [f"minus {reference}", "p", "detectable"] * (number == 0)
+        titles = ["arm", *measures]
+        titles[2:2] = [f"minus {reference}", "p", "detectable"] * (number == 0)
         print(f"\n| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
         for arm, mine in runs.items():
-            cells = [interval(np.array([measure(run) for run in mine])) for measure in measures.values()]
-            if number == 0 and arm != reference:
+            cells = [arm, *(interval(np.array([measure(run) for run in mine])) for measure in measures.values())]
+            if number == 0:
                 difference = np.array([run[-1]["pass@1"] - other[-1]["pass@1"]
                                        for run, other in zip(mine, runs[reference])])
-                cells += [interval(difference), f"{sign_flip(difference):.3f}", f"{detectable(difference):.2f}"]
-            print(f"| {' | '.join([arm, *cells])} |")
+                cells[2:2] = ["", "", ""] if arm == reference else [
+                    interval(difference), f"{sign_flip(difference):.3f}", f"{detectable(difference):.2f}"]
+            print(f"| {' | '.join(cells)} |")
 
 
 def t_quantile(p, n):

@@ -847,11 +847,15 @@ def test_what_is_logged_of_w_is_that_of_the_revisions_tokens():
     assert stats["flat_groups"] == 1 / 4
 
 
-def test_an_empty_critique_gives_w_exactly_one():
-    """Trap 3: both terms of w come from the same kind of forward pass, or 1 would be 1.003."""
+def test_without_a_critique_w_is_one(monkeypatch):
+    """Trap 3: both terms of w are scored in the same way; where the prompts are equal too, so are the terms."""
     model, turns = tiny_model(), [dataclasses.replace(t, prompt=t.free_prompt) for t in a_rollout()]
-    (stats, (with_w,)), (_, (without,)) = (ascent(model, turns, settings(weight=w)) for w in ("token", "one"))
-    assert with_w.equal(without) and stats["w_mean"] == stats["w_ess"] == 1.0
+    stats, (gradient,) = ascent(model, turns, settings())
+    assert stats["w_mean"] is None                            # nobody was guided, and there is no w to average
+    monkeypatch.setattr(icrl.Turn, "guided", property(lambda turn: turn.part == "revision"))
+    stats, (scored,) = ascent(model, turns, settings())
+    assert stats["w_mean"] == pytest.approx(1, abs=1e-5) and stats["w_ess"] == pytest.approx(1, abs=1e-5)
+    torch.testing.assert_close(scored, gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_w_stays_while_rho_moves(monkeypatch):
