@@ -989,13 +989,17 @@ def t_quantile(p, n):
     return np.quantile(np.random.default_rng(0).standard_t(max(n - 1, 1), 10 ** 6), p)
 
 
+def half_interval(values):
+    """Half the 95% interval of a mean, by Student's t; nan for a single value."""
+    return t_quantile(0.975, len(values)) * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else math.nan
+
+
 def interval(values):
-    """'mean +- half the 95% interval' of Student's t, as text; where values are missing it says of how many runs."""
+    """'mean +- half the 95% interval' as text; where values are missing it says of how many runs."""
     known = values[np.isfinite(values)]
     if len(known) == 0:
         return "-"
-    half = t_quantile(0.975, len(known)) * known.std(ddof=1) / len(known) ** 0.5 if len(known) > 1 else np.nan
-    digits = 0 if abs(known).max() >= 100 else 1 if abs(known).max() >= 10 else 2
+    half, digits = half_interval(known), 0 if abs(known).max() >= 100 else 1 if abs(known).max() >= 10 else 2
     missing = f" ({len(known)} of {len(values)})" if len(known) < len(values) else ""
     return f"{known.mean():.{digits}f} +- {half:.{digits}f}{missing}"
 
@@ -1018,20 +1022,20 @@ def plot(paths, image):
         from matplotlib import pyplot
     except ImportError as error:
         raise UsageError("drawing needs matplotlib: pip install matplotlib") from error
-    figure, panels = pyplot.subplots(1, len(paths), figsize=(6 * len(paths), 4.2), sharey=True, squeeze=False)
-    colours = dict(zip(ARMS, pyplot.get_cmap("tab20").colors))
+    figure, panels = pyplot.subplots(1, len(paths), figsize=(6 * len(paths), 4.5), sharey=True, squeeze=False)
     for panel, path in zip(panels[0], paths):
         for arm, runs in read_runs(path).items():
             curves = np.array([[(row["tokens"] / 1000, row["pass@1"]) for row in run[:min(map(len, runs))]]
                                for run in runs])                                # (seeds, evaluations, 2)
             x, y = curves.mean(0).T
-            half = t_quantile(0.975, len(runs)) * curves[:, -1, 1].std(ddof=1) / len(runs) ** 0.5
-            style = dict(color=colours[arm], linewidth=3 if arm == "icrl" else 1.5)
-            panel.plot(x, y, label=arm, **style)
+            half = half_interval(curves[:, -1, 1])
+            style = dict(color="black", linewidth=3) if arm == "icrl" else dict(color=f"C{list(ARMS).index(arm) % 10}")
+            panel.plot(x, y, "--" if arm.startswith("grpo") else "-", label=arm, **style)
             panel.errorbar(x[-1], y[-1], half, capsize=3, **style)
         panel.set(title=Path(path).stem, xlabel="thousand tokens generated in training", ylim=(0, 1))
     panels[0, 0].set_ylabel("critique-free held-out accuracy")
-    panels[0, -1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    lines = {line.get_label(): line for panel in panels[0] for line in panel.get_lines() if line.get_label() in ARMS}
+    panels[0, -1].legend(lines.values(), lines.keys(), frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(image, dpi=130, bbox_inches="tight")
 
 
