@@ -46,8 +46,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jinja2 import TemplateError                              # comes with torch, as mpmath does by way of sympy
-from mpmath import fp
+from mpmath import fp                                         # comes with torch, by way of sympy
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
@@ -549,11 +548,15 @@ def load_model(name, config):
     """Model (float32, in the memory of the host) and tokenizer of a Hugging Face checkpoint."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+        model, found = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True,
+                                                            output_loading_info=True)
+        if found["missing_keys"]:                             # they would be random
+            raise ValueError(f"it lacks weights, such as {min(found['missing_keys'])}")
         if not tokenizer.chat_template:
             raise ValueError("its tokenizer has no chat template; use an instruction-tuned model")
-        encode_chat(tokenizer, solver_messages("1 + 1"), config.thinking)
-    except (OSError, ValueError, KeyError, TypeError, TemplateError, SafetensorError) as error:
+        if "zebra" not in tokenizer.decode(encode_chat(tokenizer, solver_messages("zebra"), config.thinking)):
+            raise ValueError("the problem is lost in its chat template or its tokenizer")
+    except Exception as error:                                # a damaged folder can raise anything
         raise UsageError(f"cannot use the model {name!r}: {' '.join(str(error).split())[:300]}") from error
     if not stop_tokens(model, tokenizer):
         raise UsageError(f"the tokenizer of {name!r} has no end-of-sequence token; completions would never end")
@@ -613,7 +616,8 @@ def write_json(path, value):
 
 def checkpoints(run):
     """The checkpoints in a run's folder, the latest last."""
-    return sorted(Path(run).glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    found = (path for path in Path(run).glob("checkpoint-*") if path.name[11:].isdigit())
+    return sorted(found, key=lambda path: int(path.name[11:]))
 
 
 def save(run, model, tokenizer, optimizer, state):
@@ -630,7 +634,7 @@ def save(run, model, tokenizer, optimizer, state):
         write_json(new / "state.json", state)
         new.rename(run / f"checkpoint-{state['step']}")
     except (OSError, RuntimeError, SafetensorError) as error:         # the latter two are what a full disk makes
-        raise OSError(f"cannot save a checkpoint: {error}") from error
+        raise OSError(f"cannot save a checkpoint (is the disk full?): {error}") from error
     for path in older:
         shutil.rmtree(path)
 
@@ -663,17 +667,17 @@ def start(config, resume):
     problems, heldout = load_problems(config.data), load_problems(config.heldout)
     if common := {p["problem"] for p in problems} & {p["problem"] for p in heldout}:
         raise UsageError(f"{len(common)} held-out problems are training problems too, such as {min(common)!r}")
-    if not resume and (run / "config.json").exists():
-        raise UsageError(f"{run} holds a run already: continue it with --resume {run}, or choose another --out")
+    if not resume and run.is_dir() and any(run.iterdir()):
+        raise UsageError(f"{run} is not empty: continue the run in it with --resume {run}, or choose another --out")
     model, tokenizer = load_model(str(saved[-1]) if saved else config.model, config)
     longest = max(problems + heldout, key=lambda p: len(p["problem"]))["problem"]
     needed = len(encode_chat(tokenizer, critic_messages(longest, ""))) + config.max_response + config.max_critique
     if needed > getattr(model.config, "max_position_embeddings", needed):
         raise UsageError(f"the problem {longest[:60]!r}... needs a context of {needed} tokens with --max_response and "
                          f"--max_critique, and the model has {model.config.max_position_embeddings}")
+    optimizer = make_optimizer(model, config)
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / "config.json", dataclasses.asdict(config))
-    optimizer = make_optimizer(model, config)
     if saved:
         optimizer.load_state_dict(torch.load(saved[-1] / "optimizer.pt", map_location="cpu", weights_only=True))
         return model, tokenizer, optimizer, problems, heldout, json.loads((saved[-1] / "state.json").read_text())
@@ -790,7 +794,7 @@ def outcomes(turns, problems):
     for t in first.values():
         best[t.query] = max(best[t.query], t.reward)
     right = {s: t.reward == 1 for s, t in first.items()}
-    kinds = {s: problems[t.query].get("kind") for s, t in first.items()}
+    kinds = {s: str(problems[t.query].get("kind") or "") for s, t in first.items()}
 
     def over(sessions, value):
         return [(first[s].query, float(value(s))) for s in first if sessions(s)]
@@ -809,7 +813,7 @@ def outcomes(turns, problems):
         "critique_tokens": over(lambda s: True, lambda s: len(critique[s].completion)),
         "truncated": [(t.query, float(t.truncated)) for t in turns],
         **{f"pass@1 {kind}": over(lambda s: kinds[s] == kind, lambda s: first[s].reward)
-           for kind in sorted({*kinds.values()} - {None})},
+           for kind in sorted({*kinds.values()} - {""})},
     }
 
 
@@ -889,6 +893,10 @@ def compare(config, arms, seeds):
     """
     if "grpo_tokens" in arms and "icrl" not in arms[:arms.index("grpo_tokens")]:
         raise UsageError("--arms: name icrl before grpo_tokens, which may spend as many tokens as icrl did")
+    if len({*arms}) < len(arms) or len({*seeds}) < len(seeds) or min(seeds) < 0:
+        raise UsageError("--arms and --seeds: each only once, and no seed below 0")
+    if (config.method, config.seed) != ("icrl", 0):
+        raise UsageError("to compare, --arms and --seeds stand in for --method and --seed")
     folder, rows = Path(config.out), []
     for seed, arm in itertools.product(seeds, arms):
         run = folder / f"{arm}-{seed}"
@@ -897,6 +905,10 @@ def compare(config, arms, seeds):
             spent = json.loads((folder / f"icrl-{seed}" / "result.json").read_text())["tokens"]
             settings = dataclasses.replace(settings, samples=2 * config.samples, token_limit=spent,
                                            steps=100 * config.steps)
+        before = json.loads((run / "config.json").read_text()) if (run / "config.json").exists() else {}
+        if other := [f"--{f.name}" for f in dataclasses.fields(Config) if f.name == "steps" or not f.metadata["resumes"]
+                     if before.get(f.name, getattr(settings, f.name)) != getattr(settings, f.name)]:
+            raise UsageError(f"{run} was run with another {', '.join(other)}; choose another --out")
         if not (run / "result.json").exists():
             train(settings, resume=run.exists())
         result, since = json.loads((run / "result.json").read_text()), []
@@ -1029,7 +1041,7 @@ def plot(paths, image):
                                for run in runs])                                # (seeds, evaluations, 2)
             x, y = curves.mean(0).T
             half = half_interval(curves[:, -1, 1])
-            style = dict(color="black", linewidth=3) if arm == "icrl" else dict(color=f"C{list(ARMS).index(arm) % 10}")
+            style = dict(color="black", lw=3) if arm == "icrl" else dict(color=f"C{[*ARMS, arm].index(arm) % 10}")
             panel.plot(x, y, "--" if arm.startswith("grpo") else "-", label=arm, **style)
             panel.errorbar(x[-1], y[-1], half, capsize=3, **style)
         panel.set(title=Path(path).stem, xlabel="thousand tokens generated in training", ylim=(0, 1))
@@ -1048,7 +1060,7 @@ def load_problems(path):
     last box). Returns dicts with at least `problem` and `answer`. A line that cannot be used is an error that names
     file and line: training on half a data set without saying so would be worse.
     """
-    problems = []
+    problems, seen = [], {}
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")    # splitlines() would cut inside strings
     except (OSError, UnicodeDecodeError) as error:
@@ -1058,7 +1070,8 @@ def load_problems(path):
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+            json.dumps(row, ensure_ascii=False).encode()      # half a surrogate pair is no text
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{path}, line {number}: not JSON: {error}") from error
         row = {key.lower(): value for key, value in row.items()} if isinstance(row, dict) else {}
         problem = row.get("problem", row.get("question"))
@@ -1069,9 +1082,11 @@ def load_problems(path):
             answer = answer.rpartition("####")[2]
         elif r"\boxed" in answer:
             answer = extract_answer(answer) or ""
-        if not isinstance(problem, str) or not problem.strip() or not answer.strip():
-            raise UsageError(f"{path}, line {number}: expected text under 'problem' or 'question' and an answer under "
-                             "'answer' or 'solution'")
+        if not isinstance(problem, str) or not problem.strip() or not is_correct(rf"\boxed{{{answer}}}", answer):
+            raise UsageError(f"{path}, line {number}: expected text under 'problem' or 'question' and an answer that "
+                             "fits in a box under 'answer' or 'solution'")
+        if seen.setdefault(problem, number) != number:
+            raise UsageError(f"{path}, line {number}: the same problem as in line {seen[problem]}")
         problems.append({**row, "problem": problem, "answer": answer.strip()})
     if not problems:
         raise UsageError(f"{path} holds no problems")
@@ -1343,12 +1358,14 @@ def parse(argv):
                                      usage="icrl.py [train | compare | plot CSV ... | eval] [--flag value ...]")
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv.pop(0) if argv[:1] in (["train"], ["compare"], ["plot"], ["eval"]) else "train"
-    own = parser.add_argument_group("what to do: train one run; compare several arms with several seeds; draw what was "
-                                    "compared; or evaluate --model on --data")
-    own.add_argument("--resume", metavar="RUN", help="continue the run in this folder, with its own settings")
-    own.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM",
-                     help=f"to compare, the first is the reference [{' '.join(ARMS)}]")
-    own.add_argument("--seeds", nargs="+", type=int, default=list(range(8)), metavar="N", help="to compare [0 ... 7]")
+    own = parser.add_argument_group("what to do: train one run; compare several arms with several seeds (compare "
+                                    "--help); draw what was compared; or evaluate --model on --data")
+    if command == "train":
+        own.add_argument("--resume", metavar="RUN", help="continue the run in this folder, with its own settings")
+    if command == "compare":
+        own.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM",
+                         help=f"the first is the reference [{' '.join(ARMS)}]")
+        own.add_argument("--seeds", nargs="+", type=int, default=list(range(8)), metavar="N", help="[0 ... 7]")
     if command == "plot":
         parser.add_argument("csv", nargs="+")
     settings = parser.add_argument_group("settings of a run")
@@ -1360,7 +1377,7 @@ def parse(argv):
             kind = {"choices": f.metadata["choices"]}
         settings.add_argument(f"--{f.name}", *["--k"] * (f.name == "eval_samples"), default=argparse.SUPPRESS, **kind,
                               help=f"{f.metadata['help']} [{f.default}]".replace(f"{HERE}/", ""))
-    options = parser.parse_args(argv, argparse.Namespace(command=command))
+    options = parser.parse_args(argv, argparse.Namespace(command=command, resume=None))
     given = {f.name: vars(options)[f.name] for f in dataclasses.fields(Config) if f.name in options}
     if options.resume:
         if fixed := [f"--{f.name}" for f in dataclasses.fields(Config)
@@ -1369,6 +1386,7 @@ def parse(argv):
         try:
             saved = json.loads((Path(options.resume) / "config.json").read_text())
             config = Config(**{**saved, **given, "out": options.resume})
+            check(config)
         except (OSError, ValueError, TypeError) as error:
             raise UsageError(f"cannot resume {options.resume}: {error}") from error
     else:
@@ -1376,21 +1394,25 @@ def parse(argv):
         config.out = config.out or ("runs/compare" if command == "compare" else time.strftime("runs/%Y%m%d-%H%M%S"))
         if command == "eval":
             config.eval_problems = given.get("eval_problems", sys.maxsize)
-    check(config)
+    check(config, command)
     return config, options
 
 
-def check(config):
+def check(config, command="train"):
     """Refuse settings that are out of range, or of which one would silently do nothing."""
     for f in dataclasses.fields(Config):
-        low, value = f.metadata["low"], getattr(config, f.name)
+        low, choices, value = f.metadata["low"], f.metadata["choices"], getattr(config, f.name)
+        if not isinstance(value, (float, int) if f.type is float else f.type) or (
+                choices and value not in choices and (command, f.name) != ("eval", "critic")):
+            raise UsageError(f"--{f.name} cannot be {value!r}")
         if low is not None and not value >= low:
             raise UsageError(f"--{f.name} must be at least {low}, not {value}")
-    if config.method == "grpo" and (config.critic, config.weight) != ("trained", "token"):
-        raise UsageError("--method grpo has no critiques; leave out --critic and --weight")
+    if config.method == "grpo" and (idle := [f"--{name}" for name in ("critic", "weight", "groups", "w_max", "rounds")
+                                             if getattr(config, name) != getattr(Config, name)]):
+        raise UsageError(f"--method grpo has no critiques; leave out {', '.join(idle)}")
     if config.method == "icrl" and config.rounds == 1:
         raise UsageError("--rounds 1 leaves no room for a critique; that is --method grpo")
-    if config.method == "grpo" and config.samples == 1:
+    if config.samples == 1 and (config.method == "grpo" or config.groups == "role_round"):
         raise UsageError("--samples 1 leaves nothing to compare a reward with, and nothing would be learnt")
 
 
@@ -1402,8 +1424,11 @@ def main(argv=None):
     try:
         config, options = parse(argv)
         if options.command == "plot":
-            for path in options.csv:
-                print_comparison(path)
+            try:
+                for path in options.csv:
+                    print_comparison(path)
+            except (LookupError, TypeError, ValueError) as error:
+                raise UsageError(f"{path} is not a table that compare has written: {error!r}") from error
             plot(options.csv, Path(options.csv[0]).with_suffix(".png"))
         elif options.command == "compare":
             compare(config, options.arms, options.seeds)

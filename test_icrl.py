@@ -6,17 +6,22 @@ Every number is compared with arithmetic: worked out by hand, by a loop over sin
 with what the code said before. There are 28 known mistakes that turn ICRL into something else without any error
 message: Trap 1 to Trap 28, each named by the test that it would turn red.
 """
+import contextlib
 import copy
 import csv
 import dataclasses
 import itertools
 import json
 import math
+import multiprocessing
+import os
 import random
-import re
+import resource
 import runpy
 import shutil
+import signal
 import statistics
+import sys
 import time
 from types import SimpleNamespace
 
@@ -45,8 +50,8 @@ def tiny_model(**settings):
         initializer_range=0.25, bos_token_id=None, eos_token_id=EOS, pad_token_id=PAD), **settings})).eval()
 
 
-def encode(text):
-    return TOKENIZER(text, add_special_tokens=False)["input_ids"]
+def encode(text, tokenizer=TOKENIZER):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def log(*rows):
@@ -62,21 +67,13 @@ def log(*rows):
     ({"problem": "6 * 7?", "solution": r"Not $\boxed{13}$ but $\boxed{\frac{84}{2}}$."}, r"\frac{84}{2}"),
     ({"question": "6 * 7?", "solution": ["Multiply."], "final_answer": ["42", "$-42$"]}, "42, $-42$"),
     ({"question": "6 * 7?", "answer": 42.0}, "42.0"),
+    ({"problem": "6 * 7?", "answer": "42", "kind": 3, "difficulty": [1, None]}, "42"),
 ])
 def test_data_sets_are_read_as_they_come(row, answer, tmp_path):
-    path = tmp_path / "data.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + (json.dumps(row) + "\r\n\r\n").encode() * 2)      # as Windows writes it
-    assert icrl.load_problems(path) == [{**row, "problem": "6 * 7?", "answer": answer}] * 2
-
-
-@pytest.mark.parametrize("line", ["not json", "[1]", "{}", '{"problem": "?"}', '{"problem": " ", "answer": "1"}',
-                                  '{"problem": "?", "answer": ""}', '{"problem": "?", "answer": "####"}',
-                                  '{"problem": "?", "answer": {"x": 1}}', r'{"problem": "?", "solution": "\\boxed{"}'])
-def test_a_line_that_cannot_be_used_is_named(line, tmp_path):
-    path = tmp_path / "data.jsonl"
-    path.write_text(f'{{"problem": "?", "answer": "1"}}\n{line}\n')
-    with pytest.raises(icrl.UsageError, match=r"data\.jsonl, line 2: "):
-        icrl.load_problems(path)
+    path, other = tmp_path / "data.jsonl", {"problem": "half\u2028a\u0085line", "answer": "1"}    # for splitlines()
+    lines = [json.dumps(other, ensure_ascii=False), "", json.dumps(row), " "]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())                      # as Windows writes it
+    assert icrl.load_problems(path) == [other, {**row, "problem": "6 * 7?", "answer": answer}]
 
 
 def test_capitals_in_names_of_fields_do_not_matter(tmp_path):
@@ -486,11 +483,12 @@ def script(monkeypatch, *calls):
 
     def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, chunk=16):
         texts = calls[len(asked)]
-        asked.append(SimpleNamespace(model=model, prompts=[TOKENIZER.decode(p) for p in prompts], limit=max_new_tokens,
+        asked.append(SimpleNamespace(model=model, prompts=[tokenizer.decode(p) for p in prompts], limit=max_new_tokens,
                                      temperature=temperature))
         assert len(texts) == len(prompts)
-        completions = [(encode(text) + [EOS])[:max_new_tokens] for text in texts]
-        return completions, [completion[-1] != EOS for completion in completions]
+        end = tokenizer.eos_token_id
+        completions = [(encode(text, tokenizer) + [end])[:max_new_tokens] for text in texts]
+        return completions, [completion[-1] != end for completion in completions]
 
     monkeypatch.setattr(icrl, "sample", sample)
     return asked
@@ -989,7 +987,7 @@ def test_evaluation_counts_what_it_says(monkeypatch):
     config = icrl.Config(method="grpo", critic="placebo", eval_problems=3, samples=7, temperature=0.7)
     figures = icrl.evaluate(NOBODY, TOKENIZER, problems, config)
     assert figures == pytest.approx({
-        "pass@1": 1 / 3, "pass@k": 1 / 3, "pass@1 a": 1 / 2, "pass@1 b": 0, "greedy": 2 / 3, "after_gated": 2 / 3,
+        "pass@1": 1 / 3, "pass@1 a": 1 / 2, "pass@1 b": 0, "greedy": 2 / 3, "after_gated": 2 / 3,
         "after_ungated": 1 / 3, "wrong_to_right": 1 / 2, "right_to_wrong": 1, "leaks": 1 / 3, "truncated": 0,
         "fixed_if_leaked": None, "fixed_if_not": 1 / 2, "attempt_tokens": len(encode(right)) + 1,
         "critique_tokens": (len(encode("Carry.It is 42.Add.")) + 3) / 3})
@@ -1016,32 +1014,144 @@ def test_evaluation_leaves_no_trace(training, monkeypatch):
     assert icrl.evaluate(model, TOKENIZER, [SIX, TWO], config) == figures
 
 
+def test_critics_are_compared_on_the_failures_of_the_base_solver(monkeypatch):
+    right, wrong, base, trained = r"\boxed{42}", r"\boxed{13}", copy.copy(NOBODY), copy.copy(NOBODY)
+    problems, config = [{**p, "answer": "42"} for p in (SIX, TWO, SIX)], icrl.Config(eval_samples=2, eval_problems=2)
+    asked = script(monkeypatch, [wrong, right, wrong, wrong],            # three failures; then critiques and revisions
+                   ["Add."] * 3, [wrong, right, wrong], ["Add."] * 3, [right, right, right],
+                   ["Carry the one."] * 3, [right, right, wrong], ["Carry the one."] * 3, [wrong, wrong, wrong])
+    figures = icrl.critic_swap(base, trained, TOKENIZER, problems, config)
+    add, carry = 3 * len(encode("Add.") + [EOS]), 3 * len(encode("Carry the one.") + [EOS])
+    assert figures == {"base critic, base solver": {"fixed": 1 / 3, "tokens_per_fix": add},
+                       "base critic, trained solver": {"fixed": 1, "tokens_per_fix": add / 3},
+                       "trained critic, base solver": {"fixed": 2 / 3, "tokens_per_fix": carry / 2},
+                       "trained critic, trained solver": {"fixed": 0, "tokens_per_fix": None}}
+    assert ["base" if a.model is base else "trained" for a in asked] == [
+        "base", "base", "base", "base", "trained", "trained", "base", "trained", "trained"]
+    # All are asked about the same failed attempts.
+    assert all(a.prompts == asked[1].prompts and all(wrong in prompt for prompt in a.prompts) for a in asked[1::2])
+    script(monkeypatch, [right] * 4)
+    assert {json.dumps(figure) for figure in icrl.critic_swap(base, trained, TOKENIZER, problems, config).values()} == {
+        '{"fixed": null, "tokens_per_fix": null}'}
+
+
+def test_an_interval_over_problems_by_hand():
+    mean, half = icrl.clustered([(0, 1.0), (1, 1.0), (0, 0.0), (2, 0.0), (2, 0.0), (2, 1.0)])
+    # By problem 1 of 2, 1 of 1 and 1 of 3; less what the mean of 1/2 makes expect, 0, 1/2 and -1/2.
+    assert mean == 0.5 and half == pytest.approx(1.96 * math.sqrt(3 / 2 * (1 / 4 + 1 / 4)) / 6)
+    assert math.isnan(icrl.clustered([(0, 1.0), (0, 0.0)])[1])
+    means = [0.25, 1.0, 0.5, 0.0]                             # with equal counts it is the interval of the means
+    mean, half = icrl.clustered([(i, float(k < 4 * share)) for i, share in enumerate(means) for k in range(4)])
+    assert mean == statistics.mean(means) and half == pytest.approx(1.96 * statistics.stdev(means) / 2)
+
+
+def test_an_interval_over_problems_holds_the_truth_19_times_in_20():
+    rng, hits = random.Random(0), []
+    for _ in range(400):
+        chances = [rng.choice((0.1, 0.9)) for _ in range(60)]                            # easy problems and hard ones
+        mean, half = icrl.clustered([(i, float(rng.random() < p)) for i, p in enumerate(chances)
+                                     for _ in range(rng.randint(1, 6))])
+        hits.append(float(abs(mean - 0.5) <= half))
+    assert 0.92 < statistics.mean(hits) < 0.98
+
+
+def test_eval_with_a_critic_that_spells_in_other_tokens(tmp_path, monkeypatch, capsys):
+    """Two samples each of three problems; all figures by hand, and every response on file."""
+    model, critic = (shutil.copytree(DATA / "model", tmp_path / name) for name in ("model", "critic"))
+    spelling = json.loads((critic / "tokenizer.json").read_text())
+    spelling["model"]["vocab"] = {token: 255 - i for token, i in spelling["model"]["vocab"].items()}
+    spelling["added_tokens"] = [{**token, "id": 256 + i} for i, token in enumerate(spelling["added_tokens"][::-1])]
+    (critic / "tokenizer.json").write_text(json.dumps(spelling))
+    other = AutoTokenizer.from_pretrained(critic)
+    assert encode("7<|end|>", other) == [255 - encode("7")[0], other.eos_token_id] != encode("7<|end|>")
+    tiny_model(eos_token_id=other.eos_token_id, pad_token_id=other.pad_token_id).save_pretrained(critic)
+    problems = [{"problem": "6 * 7?", "answer": "42", "kind": "a"}, {"problem": "7 * 6?", "answer": "42", "kind": "a"},
+                {"problem": "40 + 2?", "answer": "42", "kind": "b"}]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, problems)))
+    r, w = r"\boxed{42}", r"\boxed{13}"
+    critiques = ["one", "two", "It is 42.", "four", "five", "six"]
+    asked = script(monkeypatch, [r, w, w, w, r, r], critiques, [w, r, r, w, r, r])
+    assert icrl.main(f"eval --model {model} --critic {critic} --data {tmp_path}/data.jsonl --out {tmp_path}/eval --k 2 "
+                     "--seed 3".split()) == 0
+    attempts, criticisms, revisions = asked
+    assert attempts.model is revisions.model is not criticisms.model
+    assert all(f"Problem:\n{problems[i // 2]['problem']}\n\nFailed attempt:\n{text}" in prompt
+               for i, (text, prompt) in enumerate(zip([r, w, w, w, r, r], criticisms.prompts)))
+    assert all(critique in prompt for critique, prompt in zip(critiques, revisions.prompts))
+    figures = json.loads((tmp_path / "eval" / "figures.json").read_text())
+    sd = statistics.stdev
+    by_hand = {
+        "pass@1": (3 / 6, sd([0.5, 0, 1]) / 3 ** 0.5), "pass@k": (2 / 3, sd([1, 0, 1]) / 3 ** 0.5),
+        "after_gated": (5 / 6, sd([1, 0.5, 1]) / 3 ** 0.5), "after_ungated": (4 / 6, sd([0.5, 0.5, 1]) / 3 ** 0.5),
+        "wrong_to_right": (2 / 3, 2 / 9), "right_to_wrong": (1 / 3, 4 / 9), "truncated": (0, 0),
+        "leaks": (1 / 6, sd([0, 0.5, 0]) / 3 ** 0.5), "pass@1 a": (1 / 4, sd([0.5, 0]) / 2 ** 0.5),
+        "pass@1 b": (1, math.nan)}
+    for name, (value, deviation) in by_hand.items():
+        assert figures[name] == pytest.approx([value, 1.96 * deviation], nan_ok=True), name
+    with open(tmp_path / "eval" / "responses.jsonl") as file:
+        rows = [json.loads(line) for line in file]
+    assert [row["text"] for row in rows] == [r, w, w, w, r, r, *critiques, w, r, r, w, r, r]
+    assert [row["problem"] for row in rows] == [p["problem"] for p in problems for _ in range(2)] * 3
+    printed = capsys.readouterr().out
+    assert "3 problems, 2 sessions each" in printed and "critique-free accuracy, sampled" in printed
+    assert f"{0.5:7.3f} {1.96 * 0.5 / 3 ** 0.5:7.3f}\n" in printed
+
+
+def test_eval_takes_all_problems_and_as_many_samples_as_it_is_told():
+    assert icrl.parse(["eval"])[0].eval_problems > 10 ** 6 > icrl.parse([])[0].eval_problems
+    assert icrl.parse("eval --eval_problems 9 --k 8".split())[0].eval_problems == 9
+    assert icrl.parse("eval --k 8".split())[0].eval_samples == 8
+
+
 # --------------------------------------------------------------------------------------------------------- training
 
-@pytest.fixture
-def short_run(tmp_path, monkeypatch):
+def number_of_letters(text, answer, truncated):
+    return len(text) % 3 / 2
+
+
+def a_short_run(folder, monkeypatch):
     """Config of a run of four steps on a random model, with rewards that it can earn: by the number of letters."""
-    monkeypatch.setattr(icrl, "outcome_reward", lambda text, answer, truncated: len(text) % 3 / 2)
-    tiny_model().save_pretrained(tmp_path / "tiny")
-    TOKENIZER.save_pretrained(tmp_path / "tiny")
-    return icrl.Config(model=str(tmp_path / "tiny"), out=str(tmp_path / "run"), device="cpu", queries=2, samples=3,
+    monkeypatch.setattr(icrl, "outcome_reward", number_of_letters)
+    tiny_model().save_pretrained(folder / "tiny")
+    TOKENIZER.save_pretrained(folder / "tiny")
+    return icrl.Config(model=str(folder / "tiny"), out=str(folder / "run"), device="cpu", queries=2, samples=3,
                        steps=4, max_response=5, max_critique=5, lr=1e-4, inner_steps=2, eval_every=0, eval_problems=2,
                        save_every=2, show_every=0)
 
 
+@pytest.fixture
+def short_run(tmp_path, monkeypatch):
+    return a_short_run(tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """What a short run leaves behind if nothing happens to it."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return results(a_short_run(tmp_path_factory.mktemp("undisturbed"), monkeypatch), "run")
+
+
 def results(config, out, resume=False, **changes):
-    """Run; returns figures without times, sessions, and final weights, as text or bytes."""
-    folder = icrl.Path(config.out).with_name(out)
-    icrl.train(dataclasses.replace(config, out=str(folder), **changes), resume)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """Run; returns what the run left behind."""
+    config = dataclasses.replace(config, out=str(icrl.Path(config.out).with_name(out)), **changes)
+    icrl.train(config, resume)
+    return left_behind(config.out)
+
+
+def left_behind(folder):
+    """Figures without times, sessions, and the final weights and optimiser, as text, bytes and numbers."""
+    rows = [json.loads(line) for line in (icrl.Path(folder) / "metrics.jsonl").read_text().splitlines()]
     figures = [{k: v for k, v in row.items() if not k.endswith("_seconds") and k != "heldout"} for row in rows]
-    last, = icrl.checkpoints(folder)
-    return figures, (folder / "sessions.jsonl").read_text(), (last / "model.safetensors").read_bytes()
+    last = icrl.checkpoints(folder)[-1]
+    optimizer = torch.load(last / "optimizer.pt")
+    moments = [{name: moment.tolist() for name, moment in of.items()} for of in optimizer["state"].values()]
+    return (figures, (icrl.Path(folder) / "sessions.jsonl").read_text(), (last / "model.safetensors").read_bytes(),
+            moments, optimizer["param_groups"])
 
 
-def test_the_seed_decides_everything_and_evaluation_nothing(short_run, tmp_path):
+def test_the_seed_decides_everything_and_evaluation_nothing(short_run, undisturbed, tmp_path):
     """Trap 27."""
-    first = results(short_run, "first")
+    first = undisturbed
     assert [row["step"] for row in first[0]] == [1, 2, 3, 4] and all(row["grad_norm"] > 0 for row in first[0])
     assert results(short_run, "again", eval_every=1, save_every=0) == first
     (tmp_path / "one.jsonl").write_text(json.dumps(SIX))      # not only the order of the problems
@@ -1068,19 +1178,224 @@ def test_who_solves_and_who_criticises_in_the_run_of_a_frozen_critic(short_run, 
     assert cast == before * 2 + [(base, base)] + after * 2 + swap
 
 
-def test_a_resumed_run_is_the_uninterrupted_run(short_run, monkeypatch):
-    """Trap 28: bit for bit, weights, figures and sessions; what came after the checkpoint is forgotten."""
-    whole, calls, update = results(short_run, "whole"), itertools.count(1), icrl.update
+def before_update(monkeypatch, number, act):
+    """Have `act` done before the update of a run's step `number`."""
+    update, calls = icrl.update, itertools.count(1)
 
-    def power_cut(*args):
-        if next(calls) == 4:
-            raise KeyboardInterrupt
+    def acting(*args):
+        if next(calls) == number:
+            act()
         return update(*args)
 
+    monkeypatch.setattr(icrl, "update", acting)
+
+
+def fail(error):
+    raise error
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimizer_on": "cpu", "bf16": True}], ids=str)
+def test_a_resumed_run_is_the_uninterrupted_run(changes, short_run, monkeypatch):
+    """Trap 28: bit for bit, weights, figures and sessions; what came after the checkpoint is forgotten."""
+    whole = results(short_run, "whole", **changes)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(icrl, "update", power_cut)
-        results(short_run, "broken")
-    assert results(short_run, "broken", resume=True) == whole
+        before_update(patch, 4, lambda: fail(KeyboardInterrupt()))
+        results(short_run, "broken", **changes)
+    assert results(short_run, "broken", resume=True, **changes) == whole
+
+
+def kill_and_resume(config, kills):
+    """Train config's run as run-0, and then as run-1, run-2, ... in processes that are killed, `kills` times in all.
+
+    Every other process is killed at a random moment, the others while they write a checkpoint.
+    """
+    icrl.outcome_reward, rng, out, whole = number_of_letters, random.Random(0), icrl.Path(config.out), 0.0
+    for run in itertools.count():
+        config.out, finished, begun = str(out.with_name(f"run-{run}")), False, time.monotonic()
+        while not finished:
+            process = multiprocessing.get_context("fork").Process(
+                target=icrl.train, args=(config, icrl.Path(config.out).exists()))
+            process.start()
+            if run and kills:
+                while kills % 2 and process.is_alive() and not icrl.Path(config.out, "unfinished").exists():
+                    time.sleep(0.001)
+                process.join(rng.uniform(0, 0.05 if kills % 2 else whole))
+                process.kill()
+            process.join()
+            assert process.exitcode in (0, -signal.SIGKILL)
+            kills -= process.exitcode < 0
+            finished = process.exitcode == 0
+        whole = whole if run else time.monotonic() - begun
+        if not kills:
+            break
+
+
+def test_a_run_killed_at_any_moment_goes_on_as_if_nothing_had_happened(short_run, tmp_path):
+    """Trap 28: twenty times, at its start, in its steps and while it writes its checkpoints."""
+    config = dataclasses.replace(short_run, save_every=1, eval_every=2, eval_problems=1, max_response=3, max_critique=3)
+    process = multiprocessing.get_context("spawn").Process(target=kill_and_resume, args=(config, 20))
+    process.start()                                           # a fresh process, for threads and fork do not mix
+    process.join()
+    assert process.exitcode == 0
+    whole, *killed = sorted(tmp_path.glob("run-*"), key=lambda path: int(path.name[4:]))
+    assert killed and all(left_behind(run) == left_behind(whole) for run in killed)
+    for run in killed:
+        ours, theirs = (json.loads((folder / "result.json").read_text()) for folder in (run, whole))
+        assert all(ours[name] == theirs[name] for name in ("before", "before_train", "after", "after_train", "swap"))
+
+
+def arguments(config):
+    return [f"--{name}={value}" for name, value in vars(config).items() if value != getattr(icrl.Config, name)]
+
+
+def test_ctrl_c_finishes_the_step_and_saves_it(short_run, undisturbed, monkeypatch, capsys):
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        before_update(patch, 3, lambda: signal.raise_signal(signal.SIGINT))
+        assert icrl.main(arguments(short_run)) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"icrl.py: interrupted; {short_run.out}/checkpoint-3 is saved: continue with  python icrl.py --resume "
+        f"{short_run.out}")
+    assert left_behind(short_run.out)[0] == undisturbed[0][:3] and signal.getsignal(signal.SIGINT) == handler
+    copied = shutil.copytree(short_run.out + "/checkpoint-3", short_run.out + "/checkpoint-3 (copy)")
+    assert icrl.main(["--resume", short_run.out]) == 0
+    assert left_behind(short_run.out) == undisturbed and icrl.Path(copied).exists()      # it was not ours to remove
+
+
+def test_a_second_ctrl_c_stops_at_once(short_run, monkeypatch, capsys):
+    handler = signal.getsignal(signal.SIGINT)
+    before_update(monkeypatch, 3, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
+    assert icrl.main(arguments(short_run)) == 130
+    assert "checkpoint-2 is saved" in capsys.readouterr().err.splitlines()[-1]
+    assert len(left_behind(short_run.out)[0]) == 2 and signal.getsignal(signal.SIGINT) == handler
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """Inside, a file that grows beyond `size` bytes is an error, as it is on a full disk."""
+    _, hard = before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def check_it_goes_on(config, undisturbed, capsys):
+    """The last words name the checkpoint, and from there the run goes on as if nothing had been; returns the words."""
+    words = capsys.readouterr().err.splitlines()[-1]
+    last, = icrl.checkpoints(config.out)
+    assert last.name == "checkpoint-2"
+    assert words.endswith(f"; {last} is saved: continue with  python icrl.py --resume {config.out}")
+    assert icrl.main(["--resume", config.out]) == 0 and left_behind(config.out) == undisturbed
+    return words
+
+
+@pytest.mark.parametrize("share", [0.1, 1.5], ids=["weights", "optimiser"])
+def test_a_full_disk_costs_no_checkpoint(share, short_run, undisturbed, monkeypatch, capsys):
+    """The second checkpoint does not fit: neither do the weights, or else AdamW's state, which is twice as large."""
+    size, save, calls = (icrl.Path(short_run.model) / "model.safetensors").stat().st_size, icrl.save, itertools.count()
+
+    def saved_on_a_full_disk(*args):
+        with largest_file(int(share * size)) if next(calls) else contextlib.nullcontext():
+            save(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(icrl, "save", saved_on_a_full_disk)
+        assert icrl.main(arguments(short_run)) == 2
+    assert "cannot save a checkpoint (is the disk full?): " in check_it_goes_on(short_run, undisturbed, capsys)
+
+
+def test_a_full_disk_costs_no_metrics(short_run, undisturbed, monkeypatch, capsys):
+    """Half of a line is written; it is gone when the run goes on."""
+    with contextlib.ExitStack() as stack, monkeypatch.context() as patch:
+        before_update(patch, 3, lambda: stack.enter_context(
+            largest_file(icrl.Path(short_run.out, "metrics.jsonl").stat().st_size + 10)))
+        assert icrl.main(arguments(short_run)) == 2
+    assert "File too large" in check_it_goes_on(short_run, undisturbed, capsys)
+
+
+def test_without_memory_there_is_advice_and_a_checkpoint(short_run, undisturbed, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        before_update(patch, 3, lambda: fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")))
+        assert icrl.main(arguments(short_run)) == 2
+    words = check_it_goes_on(short_run, undisturbed, capsys)
+    assert all(flag in words for flag in ("--sample_batch", "--micro_tokens", "--checkpointing", "--optimizer_on cpu"))
+
+
+def spoil_gradients(monkeypatch, steps, factor=math.nan):
+    """Multiply the objective by `factor` in these calls of `update`."""
+    update, objective, calls = icrl.update, icrl.icrl_objective, itertools.count(1)
+
+    def spoilt(*args):
+        spoil = next(calls) in steps
+        monkeypatch.setattr(icrl, "icrl_objective", lambda *a: objective(*a) * (factor if spoil else 1))
+        return update(*args)
+
+    monkeypatch.setattr(icrl, "update", spoilt)
+
+
+@pytest.mark.parametrize("factor, where", [(math.nan, "device"), (math.inf, "device"), (math.nan, "cpu")])
+def test_a_gradient_that_is_not_finite_changes_nothing_at_all(factor, where, monkeypatch):
+    model, config = tiny_model(), settings(lr=0.1, weight_decay=0.1, inner_steps=2, optimizer_on=where, device="cpu")
+    optimizer = icrl.make_optimizer(model, config)
+    spoil_gradients(monkeypatch, {2}, factor)
+    icrl.update(model, optimizer, a_rollout(), config, PAD)
+    before = copy.deepcopy([model.state_dict(), optimizer.state_dict()["state"]])
+    stats = icrl.update(model, optimizer, a_rollout(), config, PAD)
+    torch.testing.assert_close([model.state_dict(), optimizer.state_dict()["state"]], before, rtol=0, atol=0)
+    assert stats["skipped"] == 2 and all(p.grad is None for p in model.parameters())
+
+
+def test_three_steps_without_a_finite_gradient_end_a_run_and_two_do_not(short_run, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        spoil_gradients(patch, {1, 2, 4})
+        assert [row["skipped"] for row in results(short_run, "survives")[0]] == [2, 2, 0, 2]
+    with monkeypatch.context() as patch:
+        spoil_gradients(patch, {2, 3, 4})
+        assert icrl.main(arguments(short_run)) == 2
+    with open(short_run.out + "/sessions.jsonl") as sessions:
+        assert {json.loads(line)["step"] for line in sessions} == {1, 2, 3, 4}
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "three steps in a row are not finite" in error and f"{short_run.out}/sessions.jsonl" in error
+    with monkeypatch.context() as patch, pytest.raises(icrl.UsageError, match="three steps in a row"):
+        spoil_gradients(patch, {1, 2})                        # the checkpoint knows of the one before it
+        icrl.train(short_run, resume=True)
+
+
+@pytest.mark.parametrize("cut_off", [{7}, {6}, {6, 7}], ids=str)
+def test_a_step_in_which_nothing_can_be_learnt_says_why_and_takes_none(cut_off, short_run, monkeypatch, capsys):
+    """Traps 11 and 23: attempts have seven tokens, critiques six, all alike; all of a kind may be cut off."""
+    monkeypatch.setattr(icrl, "sample", lambda model, tokenizer, prompts, limit, temperature: (
+        [[9] * limit] * len(prompts), [limit in cut_off] * len(prompts)))
+    rows, *_ = results(short_run, "flat", max_response=7, max_critique=6, weight_decay=0.1)
+    for row in rows:
+        assert (row["flat_groups"], row["grad_norm"], row["first_truncated"]) == (1, 0, 7 in cut_off)
+    trained, base = (AutoModelForCausalLM.from_pretrained(path).state_dict()
+                     for path in (short_run.out.replace("run", "flat") + "/checkpoint-4", short_run.model))
+    torch.testing.assert_close(trained, base, rtol=0, atol=0)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning, step 4: ")]
+    assert len(warnings) == len(cut_off)
+    assert any("attempt" in line and "--max_response" in line for line in warnings) == (7 in cut_off)
+    assert any("critique" in line and "--max_critique" in line for line in warnings) == (6 in cut_off)
+
+
+def test_weights_kept_on_the_host_are_trained_in_the_same_way(short_run, undisturbed):
+    assert results(short_run, "host", optimizer_on="cpu") == undisturbed
+
+
+def test_with_half_the_bits_on_the_device_the_host_keeps_all_of_them(tmp_path):
+    """Trap 25: the device sees weights rounded to bfloat16; what is trained, saved and read back is not rounded."""
+    model, config = tiny_model(), settings(bf16=True, optimizer_on="cpu", lr=1e-6, device="cpu")
+    before, optimizer = copy.deepcopy(list(model.parameters())), icrl.make_optimizer(model, config)
+    icrl.update(model, optimizer, a_rollout(), config, PAD)
+    masters = optimizer.param_groups[0]["params"]
+    steps = torch.cat([(p.double() - q.double()).flatten() for p, q in zip(masters, before)])
+    assert steps.abs().median().item() == pytest.approx(1e-6, rel=0.1)
+    assert all(p.dtype == torch.bfloat16 and p.equal(q.bfloat16()) for p, q in zip(model.parameters(), masters))
+    icrl.save(tmp_path, model, TOKENIZER, optimizer, {"step": 1})
+    read, _ = icrl.load_model(str(tmp_path / "checkpoint-1"), config)
+    assert all(p.dtype == torch.float32 and p.equal(q) for p, q in zip(read.parameters(), masters))
 
 
 def test_the_shipped_model_learns():
@@ -1118,6 +1433,97 @@ def test_a_comparison_trains_each_arm_with_each_seed_once(short_run, monkeypatch
     assert once.endswith(capsys.readouterr().out)
 
 
+def rows_of_a_run(arm, seed, *evaluations):
+    """What compare's CSV holds of a run; an evaluation is (step, tokens, critique-free, after a critique)."""
+    swap = {f"{figure}, {critic} critic, {solver} solver": 0.25 for figure in ("fixed", "tokens_per_fix")
+            for critic in ("base", "trained") for solver in ("base", "trained")}
+    return [{"arm": arm, "seed": seed, "step": step, "tokens": tokens, "pass@1": free, "after_gated": after,
+             "right_to_wrong": 0.125, "leaks": 0.0, "fixed_if_leaked": "", "fixed_if_not": 0.5, "w_mean": 0.75,
+             "w_capped": 0.0, "w_ess": 0.5, **swap} for step, tokens, free, after in evaluations]
+
+
+def write_table(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_measures_of_a_run_by_hand(tmp_path):
+    write_table(tmp_path / "table.csv", [
+        *rows_of_a_run("icrl", 0, (0, 0, 0.2, 0.6), (5, 1000, 0.6, 0.7), (9, 3000, 1.0, 1.0), (12, 4000, 0.5, 0.9)),
+        *rows_of_a_run("icrl", 1, (0, 0, 0.9, 0.9), (5, 1000, 0.4, 0.9)),
+        *rows_of_a_run("icrl", 2, (0, 0, 0.2, 0.3), (5, 1000, 0.7, 0.9))])
+    runs = icrl.read_runs(tmp_path / "table.csv")["icrl"]
+    measured = [{name: measure(run) for table in icrl.MEASURES for name, measure in table.items()} for run in runs]
+    assert [m["k tokens to 0.8"] for m in measured] == pytest.approx([2.0, 0.0, math.inf])   # halfway from 1000 to 3000
+    assert [m["internalised"] for m in measured] == pytest.approx([0.3 / 0.4, math.nan, 5.0], nan_ok=True)
+    assert [m["critique-free"] for m in measured] == [0.5, 0.4, 0.7] and measured[0]["k tokens"] == 4
+    assert [m["after a critique"] for m in measured] == [0.9] * 3 and measured[0]["w at first"] == 0.75
+
+
+def test_w_is_averaged_over_the_steps_since_the_evaluation_before(tmp_path, monkeypatch, capsys):
+    config, (heldout,) = icrl.Config(out=str(tmp_path), steps=4), rows_of_a_run("icrl", 0, (0, 0, 0.25, 0.5))
+    evaluation = {name: heldout[name] or None for name in (
+        "pass@1", "after_gated", "right_to_wrong", "leaks", "fixed_if_leaked", "fixed_if_not")}
+    swap = {f"{critic} critic, {solver} solver": {"fixed": 0.5, "tokens_per_fix": None}
+            for critic in ("base", "trained") for solver in ("base", "trained")}
+
+    def train(config, resume):
+        run = icrl.Path(config.out)
+        run.mkdir()
+        (run / "metrics.jsonl").write_text("".join(json.dumps(
+            {"step": step, "tokens": 10 * step, "w_mean": w, "w_capped": w / 10, "w_ess": 1 / w, "grad_norm": 1.0,
+             **({"heldout": {**evaluation, "pass@1": 0.5 + config.seed / 8}} if step % 2 == 0 else {})}) + "\n"
+            for step, w in enumerate([1, 2, 4, 8], 1)))
+        (run / "result.json").write_text(json.dumps({"before": evaluation, "swap": swap, "seconds": 7.0}))
+
+    monkeypatch.setattr(icrl, "train", train)
+    icrl.compare(config, ["icrl", "w_one"], [0, 1, 2])
+    runs = icrl.read_runs(tmp_path / "compare.csv")
+    assert {arm: len(of_arm) for arm, of_arm in runs.items()} == {"icrl": 3, "w_one": 3}
+    for before, middle, end in runs["icrl"] + runs["w_one"]:
+        assert [row["tokens"] for row in (before, middle, end)] == [0, 20, 40] and math.isnan(before["w_mean"])
+        assert [(row["w_mean"], row["w_capped"], row["w_ess"]) for row in (middle, end)] == [
+            pytest.approx((1.5, 0.15, 3 / 4)), pytest.approx((6, 0.6, 3 / 16))]
+        assert end["fixed, base critic, trained solver"] == 0.5 and end["seconds"] == 7
+    first, second = (line for line in capsys.readouterr().out.splitlines() if line.startswith("| w_one"))
+    # 0.5, 0.625 and 0.75 have the standard error 0.125 / 3 ** 0.5, and Student's t is 4.303.
+    assert first.startswith("| w_one | 0.62 +- 0.31 | 0.00 +- 0.00 | 1.000 | 0.00 | 0.50 +- 0.00 |")
+    assert second.startswith("| w_one | 0.50 +- 0.00 | - |")
+
+
+@pytest.mark.parametrize("n, t", [(3, 4.303 + 1.061), (8, 2.365 + 0.896)])               # from a table of Student's t
+def test_what_so_many_seeds_can_detect(n, t):
+    squares = [i ** 2 for i in range(n)]
+    assert icrl.detectable(np.array(squares)) == pytest.approx(t * statistics.stdev(squares) / n ** 0.5, rel=0.01)
+    assert math.isnan(icrl.detectable(np.array([1.0])))
+
+
+@pytest.fixture
+def two_tables(tmp_path):
+    """Arguments that draw the CSVs of two comparisons, one of a single run."""
+    write_table(tmp_path / "one.csv", [row for arm in ("icrl", "frozen") for seed in range(3) for row in rows_of_a_run(
+        arm, seed, (0, 0, 0.2, 0.6), (5, 1000 + seed, 0.6, 0.7), (9, 3000, 1.0, 1.0))])
+    write_table(tmp_path / "two.csv", rows_of_a_run("an arm of my own", 0, (0, 0, 0.2, 0.6), (5, 1000, 0.6, 0.7)))
+    return ["plot", str(tmp_path / "one.csv"), str(tmp_path / "two.csv")]
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_plot_is_drawn(two_tables, tmp_path):
+    pytest.importorskip("matplotlib").use("agg")
+    assert icrl.main(two_tables) == 0
+    assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_there_are_still_tables(two_tables, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)      # as if it were not installed
+    assert icrl.main(two_tables) == 2
+    printed = capsys.readouterr()
+    assert printed.err == "icrl.py: drawing needs matplotlib: pip install matplotlib\n"
+    assert "| frozen | 1.00 +- 0.00 |" in printed.out and "| an arm of my own | 0.60 +- nan |" in printed.out
+
+
 @pytest.mark.parametrize("differences, p", [([1, 1, 1], 2 / 8), ([1] * 8, 2 / 256), ([-3, 1], 1), ([5, -1, 3], 1 / 2),
                                             ([0, 0], 1), ([0.1, 0.2, 0.3, -0.6], 1)])
 def test_p_values_are_shares_of_the_sign_flips(differences, p):
@@ -1142,37 +1548,194 @@ def test_the_qwen3_preset_is_the_papers_and_flags_come_last():
     assert config.steps == 7 and icrl.parse(["--preset", "qwen3"])[0].steps == 300 != icrl.parse([])[0].steps
 
 
-@pytest.fixture
-def bare_model(tmp_path):
-    """The shipped model without its chat template."""
-    shutil.copytree(DATA / "model", tmp_path / "bare")
-    (tmp_path / "bare" / "chat_template.jinja").unlink()
-
-
-@pytest.mark.parametrize("argv, message", [
-    ("--no_such_flag 1", "unrecognized arguments: --no_such_flag 1"), ("--step 1", "unrecognized arguments: --step 1"),
-    ("--weight sideways", "invalid choice: 'sideways'"), ("--steps many", "invalid int value: 'many'"),
-    ("--samples 0", "--samples must be at least 1, not 0"), ("--lr nan", "--lr must be at least 0.0, not nan"),
-    ("--model TMP/nothing", "cannot use the model 'TMP/nothing'"), ("--model TMP/bare", "has no chat template"),
-    ("--data TMP/nothing.jsonl", "cannot read TMP/nothing.jsonl"), ("--data TMP/empty.jsonl", "holds no problems"),
-    (f"--data {DATA}/heldout.jsonl", "held-out problems are training problems too"),
-    ("--resume TMP", "cannot resume TMP"), ("--resume TMP/old --lr 9", "--lr"), ("--out TMP/old", "TMP/old holds a run already"),
-    ("compare --arms grpo_tokens", "icrl"),
-])
-def test_what_the_user_can_mend_is_one_sentence_and_exit_code_2(argv, message, bare_model, tmp_path, capsys):
-    (tmp_path / "empty.jsonl").write_text("\n")
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "config.json").write_text("{}")
-    (tmp_path / "old" / "result.json").write_text("{}")
-    argv = f"--out TMP/new {argv}" if "--resume" not in argv and "--out" not in argv else argv
+def check_refusal(argv, message, folder, capsys):
+    """Exit code 2, one sentence with `message` in it, and no run folder. TMP stands for `folder`."""
+    if "--out" not in argv and "--resume" not in argv:
+        argv = f"{argv} --out TMP/new"
     try:
-        code = icrl.main(argv.replace("TMP", str(tmp_path)).split())
+        code = icrl.main(argv.replace("TMP", str(folder)).split())
     except SystemExit as exit:                                # argparse's own, after a reminder of the usage
         code = exit.code
     error = capsys.readouterr().err
     assert code == 2 and "Traceback" not in error
-    assert error.rpartition("icrl.py: ")[2].count("\n") == 1 and message.replace("TMP", str(tmp_path)) in error
-    assert not (tmp_path / "new").exists()
+    assert error.rpartition("icrl.py: ")[2].count("\n") == 1 and message.replace("TMP", str(folder)) in error
+    assert not (folder / "new").exists()
+
+
+@pytest.fixture(scope="module")
+def odds_and_ends(tmp_path_factory):
+    """A folder of files and folders of which none is what it should be."""
+    folder = tmp_path_factory.mktemp("odds")
+    table = "arm,seed,step,tokens,pass@1\nicrl,0,0,0,0.1\nicrl,0,1,9,0.2\n"
+    for name, content in {
+            "old/config.json": "{}", "old/result.json": "{}", "notes/todo.txt": "", "done/responses.jsonl": "",
+            "torn/config.json": '{"steps": ', "list/config.json": "[]", "newer/config.json": '{"no_such_field": 1}',
+            "odd/config.json": '{"lr": -1.0}', "text/config.json": '{"steps": "many"}',
+            "choice/config.json": '{"weight": "sideways"}', "bool/config.json": '{"bf16": "no"}',
+            "path/config.json": '{"data": 5}', "empty.csv": "", "other.csv": "a,b\n1,2\n", "few.csv": table,
+            "text.csv": table.replace("0.1", "low"), "arms/icrl-0/config.json": '{"steps": 3, "lr": 0.5}'}.items():
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text(content)
+    (folder / "image.csv").write_bytes(b"\x89PNG\r\n\x1a\n\xff")
+    return folder
+
+
+@pytest.mark.parametrize("argv, message", [
+    # commands and flags
+    ("evaluate", "unrecognized arguments: evaluate"), ("--no_such_flag 1", "unrecognized arguments: --no_such_flag 1"),
+    ("--step 1", "unrecognized arguments: --step 1"), ("--lr", "argument --lr: expected one argument"),
+    ("--weight sideways", "invalid choice: 'sideways'"), ("--preset huge", "invalid choice: 'huge'"),
+    ("--steps many", "invalid int value: 'many'"), ("--queries 1.5", "invalid int value: '1.5'"),
+    ("--bf16 yes", "unrecognized arguments: yes"), ("--seeds 1 2", "unrecognized arguments: --seeds 1 2"),
+    ("--lr nan", "--lr must be at least 0.0, not nan"), ("--temperature 0", "--temperature must be at least 0.001"),
+    *((f"--{f.name} -1", f"--{f.name} must be at least {f.metadata['low']}, not -1")
+      for f in dataclasses.fields(icrl.Config) if f.metadata["low"] is not None),
+    *((f"--method grpo {flag}", f"leave out {flag.split()[0]}") for flag in (
+        "--critic frozen", "--weight one", "--groups pooled", "--w_max 3", "--rounds 3")),
+    ("--rounds 1", "--rounds 1 leaves no room for a critique"),
+    ("--method grpo --samples 1", "--samples 1"), ("--groups role_round --samples 1", "--samples 1"),
+    ("--device abacus", "--device abacus: "), ("--device cuda:99", "--device cuda:99: "),
+    # files and folders
+    ("--data TMP/nothing.jsonl", "cannot read TMP/nothing.jsonl"), ("--data TMP", "cannot read TMP"),
+    ("--heldout TMP/nothing.jsonl", "cannot read TMP/nothing.jsonl"),
+    (f"--data {DATA}/heldout.jsonl", "240 held-out problems are training problems too, such as"),
+    ("--model TMP/nothing", "cannot use the model 'TMP/nothing'"), ("--model TMP", "cannot use the model 'TMP'"),
+    ("--out TMP/old", "TMP/old is not empty"), ("--out TMP/notes", "TMP/notes is not empty"),
+    ("--out TMP/few.csv", "TMP/few.csv"), ("--out TMP/few.csv/run", "TMP/few.csv/run"),
+    ("--out /proc/run", "/proc/run"),
+    # runs
+    ("--resume TMP/nothing", "cannot resume TMP/nothing"), ("--resume TMP/notes", "cannot resume TMP/notes"),
+    ("--resume TMP/torn", "cannot resume TMP/torn"), ("--resume TMP/list", "cannot resume TMP/list"),
+    ("--resume TMP/newer", "'no_such_field'"), ("--resume TMP/odd", "--lr must be at least 0.0, not -1.0"),
+    ("--resume TMP/text", "--steps cannot be 'many'"), ("--resume TMP/choice", "--weight cannot be 'sideways'"),
+    ("--resume TMP/bool", "--bf16 cannot be 'no'"), ("--resume TMP/path", "--data cannot be 5"),
+    ("--resume TMP/old --lr 9 --seed 1", "--resume keeps the settings of the run; leave out --seed, --lr"),
+    # compare, plot and eval
+    ("compare --arms", "--arms: expected at least one argument"), ("compare --arms mine", "invalid choice: 'mine'"),
+    ("compare --seeds one", "invalid int value: 'one'"), ("compare --seeds -1", "no seed below 0"),
+    ("compare --seeds 0 1 0", "only once"), ("compare --arms icrl grpo icrl", "only once"),
+    ("compare --arms grpo_tokens icrl", "name icrl before grpo_tokens"), ("compare --seed 3", "--seed"),
+    ("compare --method grpo", "--method"), ("compare --resume TMP/old", "unrecognized arguments: --resume"),
+    ("compare --out TMP/arms --arms icrl --steps 4", "TMP/arms/icrl-0 was run with another --steps, --lr;"),
+    ("plot", "the following arguments are required: csv"), ("plot TMP/nothing.csv", "TMP/nothing.csv"),
+    ("plot TMP", "TMP"), *((f"plot TMP/{name}.csv", f"TMP/{name}.csv is not a table that compare has written")
+                           for name in ("empty", "other", "few", "text", "image")),
+    ("eval --data TMP/nothing.jsonl", "cannot read TMP/nothing.jsonl"),
+    ("eval --model TMP/nothing", "cannot use the model 'TMP/nothing'"), ("eval --k 0", "--eval_samples must be at"),
+    ("eval --critic TMP/nothing", "cannot use the model 'TMP/nothing'"),
+    ("eval --out TMP/done", "TMP/done/responses.jsonl"), ("eval --weight sideways", "invalid choice: 'sideways'"),
+    ("eval --resume TMP/old", "unrecognized arguments: --resume"),
+])
+def test_what_the_user_can_mend_is_one_sentence_and_exit_code_2(argv, message, odds_and_ends, capsys):
+    check_refusal(argv, message, odds_and_ends, capsys)
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "holds no problems"), (b"\n \r\n\t\n", "holds no problems"),
+    (b"\x89PNG\r\n\x1a\n\xff", "cannot read TMP/bad.jsonl: 'utf-8' codec can't decode"),
+    ('{"problem": "?", "answer": "1"}'.encode("utf-16"), "cannot read TMP/bad.jsonl: 'utf-8' codec can't decode"),
+    (b"problem,answer\n6 * 7?,42\n", "line 1: not JSON"), (b"[" * 100_000, "line 1: not JSON"),
+    (b'[\n{"problem": "?", "answer": "1"}\n]', "line 1: not JSON"),
+    (b'{"problem": "' + b"a" * 1_000_000 + b'", "answer": "1"}', "aaa'... needs a context of 1000104 tokens with "
+     "--max_response and --max_critique, and the model has 512"),
+    *((b'{"problem": "6 * 7?", "answer": "42"}\n' + line, f"TMP/bad.jsonl, line 2: {message}") for line, message in [
+        (b"\0\0\0", "not JSON"), (b"{'problem': '?', 'answer': '1'}", "not JSON"),
+        (br'{"problem": "\ud800", "answer": "1"}', "not JSON"),
+        (b'{"problem": "6 * 7?", "answer": "42"}', "the same problem as in line 1"),
+        (b'{"question": "6 * 7?", "answer": "43"}', "the same problem as in line 1"),
+        *((line, "expected text under 'problem'") for line in [
+            b"[1]", b"42", b'"text"', b"null", b"{}", b'{"problem": "?"}', b'{"answer": "1"}',
+            b'{"problem": 42, "answer": "1"}', b'{"problem": " ", "answer": "1"}', b'{"problem": "?", "answer": null}',
+            b'{"problem": "?", "answer": ""}', b'{"problem": "?", "answer": "Hm.\\n####"}',
+            b'{"problem": "?", "answer": []}', b'{"problem": "?", "answer": {"x": 1}}',
+            br'{"problem": "?", "solution": "\\boxed{}"}', br'{"problem": "?", "solution": "\\boxed{1"}',
+            # answers that no response could give
+            b'{"problem": "?", "answer": "{1"}', b'{"problem": "?", "answer": "1}"}',
+            br'{"problem": "?", "answer": "1\\"}',
+        ])])])
+def test_a_line_that_cannot_be_used_is_named(content, message, tmp_path, capsys):
+    (tmp_path / "bad.jsonl").write_bytes(content)
+    check_refusal("--data TMP/bad.jsonl --steps 1", message, tmp_path, capsys)
+
+
+def put(**settings):
+    """A change to a model's folder: settings to be put into the JSON file of each name, which may be None."""
+    def change(folder):
+        for name, values in settings.items():
+            file = folder / f"{name}.json"
+            file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    return change
+
+
+def write(name, content):
+    return lambda folder: (folder / name).write_text(content)
+
+
+def remove(*names):
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+def cut(size):
+    return lambda folder: os.truncate(folder / "model.safetensors", size)
+
+
+def pickle_weights(folder):
+    torch.save(AutoModelForCausalLM.from_pretrained(folder).state_dict(), folder / "pytorch_model.bin")
+    remove("model.safetensors")(folder)
+
+
+BAD_MODELS = [
+    (remove("config.json"), "`model_type`"), (remove("model.safetensors"), "no file named model.safetensors"),
+    (pickle_weights, "no file named model.safetensors"),      # unpickling can run whatever the file says
+    (remove("tokenizer.json"), "tokenizer"), (remove("tokenizer.json", "tokenizer_config.json"), "the problem is lost"),
+    (remove("tokenizer_config.json"), "299 tokens, but the model only 298"),
+    (remove("chat_template.jinja"), "no chat template"),
+    (write("config.json", "{"), "not a valid JSON file"), (write("config.json", "[]"), "must be a mapping"),
+    (write("tokenizer.json", "{"), "cannot use the model"), (write("tokenizer.json", "{}"), "cannot use the model"),
+    (write("tokenizer_config.json", "{"), "cannot use the model"), (write("model.safetensors", ""), "header too small"),
+    (cut(4), "header too small"), (cut(400_000), "file not fully covered"),
+    (write("chat_template.jinja", "{{ raise_exception('System role not supported') }}"), "System role not supported"),
+    (write("chat_template.jinja", "{% if %}"), "cannot use the model"),
+    (write("chat_template.jinja", ""), "no chat template"), (write("chat_template.jinja", "{{ 1 // 0 }}"), "by zero"),
+    (write("chat_template.jinja", "Hello!"), "the problem is lost"),
+    (put(config={"eos_token_id": None}, generation_config={"eos_token_id": None}, tokenizer_config={"eos_token": None}),
+     "no end-of-sequence token; completions would never end"),
+    (put(config={"model_type": "abacus", "architectures": ["Abacus"]}), "`abacus`"),
+    (put(config={"model_type": "t5", "architectures": ["T5"]}), "Unrecognized configuration class"),
+    (put(config={"hidden_size": 64}), "cannot use the model"), (put(config={"hidden_size": "wide"}), "expected int"),
+    (put(config={"num_hidden_layers": 3, "layer_types": None}), "it lacks weights, such as model.layers.2"),
+    (put(config={"vocab_size": 200, "pad_token_id": None}), "cannot use the model"),
+    (lambda folder: tiny_model(vocab_size=200, pad_token_id=None, eos_token_id=None).save_pretrained(folder),
+     "298 tokens, but the model only 200"),
+    (put(config={"max_position_embeddings": 100}), "and the model has 100"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD_MODELS, ids=[f"{number} {message}" for number, (_, message)
+                                                             in enumerate(BAD_MODELS)])
+def test_a_model_that_cannot_be_used_is_refused_before_anything_is_written(change, message, tmp_path, capsys):
+    change(shutil.copytree(DATA / "model", tmp_path / "model"))
+    check_refusal("--model TMP/model --steps 1", message, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("change", [
+    put(tokenizer_config={"pad_token": "<|end|>"}), put(tokenizer_config={"pad_token": None}),
+    lambda folder: tiny_model(vocab_size=400).save_pretrained(folder), remove("generation_config.json"),
+    put(config={"eos_token_id": None}, generation_config={"eos_token_id": None})],
+    ids=["pad is eos", "no pad", "large vocabulary", "no generation config", "eos of the tokenizer"])
+def test_models_may_differ_in_what_does_not_matter(change, short_run):
+    change(icrl.Path(short_run.model))
+    rows, *_ = results(short_run, "other", steps=1)
+    assert rows[0]["grad_norm"] > 0 and rows[0]["first_count"] == 6
+
+
+@pytest.mark.parametrize("hostile", [
+    dict(do_sample=True, top_k=1, temperature=0.01, top_p=0.1, repetition_penalty=9.0), dict(max_length=5),
+    dict(min_new_tokens=-3), dict(min_new_tokens=99, suppress_tokens=[5, 6]), dict(top_k="many")], ids=str)
+def test_a_checkpoint_cannot_say_how_to_sample(hostile, short_run, undisturbed):
+    """Trap 1, from the file to the weights that come out."""
+    put(generation_config=hostile)(icrl.Path(short_run.model))
+    assert results(short_run, "hostile") == undisturbed
 
 
 def test_a_run_from_the_command_line(tmp_path, capsys):
