@@ -29,6 +29,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -534,7 +535,7 @@ def update(model, optimizer, turns, config, pad_token_id=0):
         if math.isfinite(norm):
             stats["grad_norm"] = norm
         else:
-            stats["skipped"] += 1
+            stats.update(skipped=stats["skipped"] + 1, objective=None)
     w = torch.cat(ratios) if ratios else torch.zeros(0)
     if len(w):
         stats.update(w_mean=w.mean().item(), w_capped=(w >= config.w_max).float().mean().item(),
@@ -996,6 +997,7 @@ def print_comparison(path):
             print(f"| {' | '.join(cells)} |")
 
 
+@functools.cache
 def t_quantile(p, n):
     """Quantile of Student's t with n - 1 degrees of freedom, from a million fixed draws: good to 1%."""
     return np.quantile(np.random.default_rng(0).standard_t(max(n - 1, 1), 10 ** 6), p)
