@@ -648,9 +648,9 @@ def log_sessions(file, turns, problems, **more):
 
 @contextlib.contextmanager
 def catch_interrupt():
-    """Yields a list that the first Ctrl-C fills, so that a step can be finished; a second one interrupts as usual."""
+    """Yields a list that the first Ctrl-C fills, so that a step can be finished; a second one interrupts at once."""
     def ask(*_):
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         stop.append(True)
         tqdm.write("interrupted: finishing this step and saving it (Ctrl-C again stops at once)")
 

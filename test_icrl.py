@@ -704,6 +704,9 @@ def test_eq_6_by_hand():
     by_hand = torch.tensor([[1.0 / 6, 0, 0.25 / 6], [-1.5 / 4, 0, 0]])                   # w rho A where nothing clips
     torch.testing.assert_close(torch.autograd.grad(J, logp, retain_graph=True)[0], by_hand)
     assert torch.autograd.grad(J, [old, w], allow_unused=True) == (None, None)
+    for rho, A, clipped in ((9.0, 1.0, 1.2), (0.1, -1.0, -0.8)):                         # unless told otherwise, by 0.2
+        J = icrl.icrl_objective(log([rho]), log([1.0]), torch.tensor([A]), torch.ones(1, 1), torch.ones(1, 1))
+        assert J.item() == pytest.approx(clipped)
 
 
 def test_eq_6_by_loop_and_by_finite_differences():
