@@ -80,7 +80,8 @@ class Config:
 
     method: str = flag("icrl", "grpo is the same without a critic, K = 1", ("icrl", "grpo"))
     critic: str = flag("trained", "the model; frozen: the model as it was; placebo: nobody, it says 'Try again.'; "
-                       "retry: nobody, just a second try; shuffled: the model, its critique of another problem",
+                       "retry: nobody, just a second try; shuffled: the model, its critique of another problem; "
+                       "eval takes the name of any model",
                        ("trained", "frozen", "placebo", "retry", "shuffled"))
     weight: str = flag("token", "of a revision's tokens: w_t of Eq. 4; 1; sequence: one ratio for all; shaped: "
                        "Critique-GRPO's p / (p + 0.1)", ("token", "one", "sequence", "shaped"))
