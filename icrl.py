@@ -1333,14 +1333,15 @@ TITLES = {"pass@1": "critique-free accuracy, sampled", "greedy": "critique-free 
           "fixed": "  of the base solver's wrong attempts", "tokens_per_fix": "  critique tokens for each of these",
           "right_to_wrong": "right attempts put wrong by a critique", "leaks": "critiques that state the answer",
           "attempt_tokens": "tokens per attempt", "critique_tokens": "tokens per critique",
-          "truncated": "cut off at the length limit", "train": "on training problems: critique-free accuracy"}
+          "truncated": "cut off at the length limit"}
 
 
 def print_figures(columns):
-    """Columns of figures by name, under their headings; the accuracy on each kind of problem comes last."""
+    """Columns of figures by name, under their headings."""
     print(f"\n{'':50}", *(f"{heading:>7}" for heading in columns))
-    kinds = {name: f"  {name[7:]}" for figures in columns.values() for name in figures if name.startswith("pass@1 ")}
-    for name, title in {**TITLES, **kinds}.items():
+    kinds = {name: f"critique-free accuracy: {name[7:]}" for figures in columns.values() for name in figures
+             if name.startswith("pass@1 ")}
+    for name, title in {**TITLES, **kinds, "train": "critique-free accuracy on training problems"}.items():
         if values := [figures.get(name) for figures in columns.values() if name in figures]:
             digits = 1 if "tokens" in name else 3
             print(f"{title:50}", *(f"{'-' if value is None else format(value, f'.{digits}f'):>7}" for value in values))
