@@ -626,6 +626,7 @@ def checkpoints(run):
 def save(run, model, tokenizer, optimizer, state):
     """Write a checkpoint beside the last one, rename it into place, and only then remove the last one."""
     older, new = checkpoints(run), run / "unfinished"
+    # By address, since a tied weight has two names in the state, and the optimiser knows neither.
     float32 = {weight.data_ptr(): copy.detach()
                for weight, copy in zip(model.parameters(), optimizer.param_groups[0]["params"])}
     try:
@@ -742,7 +743,8 @@ def train(config, resume=False):
                 break
     after_train = evaluate(model, tokenizer, problems, config, base)
     del optimizer                                             # its state makes room for the base model
-    swap = critic_swap(place(load_model(config.model, config)[0], config), model, tokenizer, heldout, config)
+    base = base or (place(load_model(config.model, config)[0], config), tokenizer)
+    swap = critic_swap(base[0], model, tokenizer, heldout, config)
     result = {**state, "after_train": after_train, "swap": swap, "seconds": time.time() - begun,
               "model": str(checkpoints(run)[-1])}
     write_json(run / "result.json", result)
@@ -898,8 +900,9 @@ def compare(config, arms, seeds):
         raise UsageError("--arms: name icrl before grpo_tokens, which may spend as many tokens as icrl did")
     if len({*arms}) < len(arms) or len({*seeds}) < len(seeds) or min(seeds) < 0:
         raise UsageError("--arms and --seeds: each only once, and no seed below 0")
-    if (config.method, config.seed) != ("icrl", 0):
-        raise UsageError("to compare, --arms and --seeds stand in for --method and --seed")
+    if own := [f"--{name}" for name in ("method", "critic", "weight", "groups", "seed")
+               if getattr(config, name) != getattr(Config, name)]:
+        raise UsageError(f"to compare, --arms and --seeds say what differs; leave out {', '.join(own)}")
     folder, rows = Path(config.out), []
     for seed, arm in itertools.product(seeds, arms):
         run = folder / f"{arm}-{seed}"
@@ -1088,7 +1091,7 @@ def load_problems(path):
             answer = extract_answer(answer) or ""
         if not isinstance(problem, str) or not problem.strip() or not is_correct(rf"\boxed{{{answer}}}", answer):
             raise UsageError(f"{path}, line {number}: expected text under 'problem' or 'question' and an answer that "
-                             "fits in a box under 'answer' or 'solution'")
+                             "fits in a box under 'answer', 'final_answer' or 'solution'")
         if seen.setdefault(problem, number) != number:
             raise UsageError(f"{path}, line {number}: the same problem as in line {seen[problem]}")
         problems.append({**row, "problem": problem, "answer": answer.strip()})
@@ -1396,7 +1399,8 @@ def parse(argv):
             raise UsageError(f"cannot resume {options.resume}: {error}") from error
     else:
         config = Config(**{**PRESETS[given.get("preset", "tiny")], **given})
-        config.out = config.out or ("runs/compare" if command == "compare" else time.strftime("runs/%Y%m%d-%H%M%S"))
+        config.out = config.out or (f"runs/compare-{config.preset}" if command == "compare"
+                                    else time.strftime("runs/%Y%m%d-%H%M%S"))
         if command == "eval":
             config.eval_problems = given.get("eval_problems", sys.maxsize)
     check(config, command)
@@ -1442,13 +1446,11 @@ def main(argv=None):
         else:
             print_result(train(config, resume=options.resume is not None))
         return 0
-    except UsageError as error:
+    except (UsageError, OSError) as error:
         message, code = str(error), 2
     except torch.OutOfMemoryError:
         message, code = ("out of GPU memory: lower --sample_batch (sampling) or --micro_tokens (update), or add "
                          "--checkpointing or --optimizer_on cpu"), 2
-    except OSError as error:
-        message, code = str(error), 2
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     if config and options.command == "train" and checkpoints(config.out):
