@@ -74,6 +74,8 @@ class Config:
     model: str = flag(str(HERE / "math_data" / "model"), "Hugging Face model, a name or a folder")
     data: str = flag(str(HERE / "math_data" / "train.jsonl"), "training problems (JSONL)")
     heldout: str = flag(str(HERE / "math_data" / "heldout.jsonl"), "evaluation problems (JSONL)")
+    examples: str = flag("", "problems with a worked `solution` (JSONL), shown to the solver as earlier turns of the "
+                         "chat; for a model that does not keep to the form of an answer by itself")
     out: str = flag("", "run folder; empty: runs/ and the time")
     seed: int = flag(0, "seed of everything random", low=0)
     device: str = flag("auto", "cpu, cuda, ...; auto: the GPU if there is one", resumes=True)
@@ -139,15 +141,17 @@ CRITIC_SYSTEM = (
     "for a fresh attempt. Never state the final answer. Write the tips between <critique> and </critique>.")
 
 
-def solver_messages(problem, critique=None):
+def solver_messages(problem, critique=None, examples=()):
     """Chat messages for an attempt at `problem`, with the latest critique if there is one.
 
     A revision is a fresh attempt: it sees neither the failed attempt nor older critiques nor a reward. Without a
     critique (None or empty) the messages are, to the byte, those of a first attempt; these are also the ones under
-    which a revision is trained.
+    which a revision is trained. examples: problems with a `solution`, which come first, as turns of the same chat.
     """
     tips = f"\n\nTips from the critic of an earlier attempt:\n{critique}" if critique else ""
-    return [{"role": "system", "content": SOLVER_SYSTEM}, {"role": "user", "content": problem + tips}]
+    shown = [{"role": role, "content": example[field]} for example in examples
+             for role, field in (("user", "problem"), ("assistant", "solution"))]
+    return [{"role": "system", "content": SOLVER_SYSTEM}, *shown, {"role": "user", "content": problem + tips}]
 
 
 def critic_messages(problem, attempt):
@@ -189,11 +193,6 @@ def stop_tokens(model, tokenizer):
     return {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
 
 
-def pad_token(tokenizer):
-    # Which id pads does not matter, even if it is EOS: lengths are known, so padding is told apart by position.
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
 @torch.no_grad()
 def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, chunk=16):
     """One completion per prompt by Hugging Face `generate`; temperature 0 is greedy.
@@ -205,9 +204,9 @@ def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, chunk=16)
     `generate` is called for `chunk` tokens at a time on a continued cache; rows that have ended leave in between.
     """
     stops = stop_tokens(model, tokenizer)
+    # Which id pads does not matter: the prompts are masked, and a completion is cut at its first stop.
     settings = GenerationConfig(do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, top_p=1.0,
-                                min_p=None, repetition_penalty=1.0, eos_token_id=sorted(stops),
-                                pad_token_id=pad_token(tokenizer))
+                                min_p=None, repetition_penalty=1.0, eos_token_id=sorted(stops), pad_token_id=min(stops))
     # `generate` fills what we leave unset from the checkpoint's generation config (Qwen3: top_k 20, top_p 0.95), and
     # the policy that is sampled would not be the one that is scored. So that config is set aside for the call.
     of_checkpoint, model.generation_config = model.generation_config, GenerationConfig()
@@ -244,17 +243,17 @@ def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, chunk=16)
     return completions, [completion[-1] not in stops for completion in completions]
 
 
-def completion_logprobs(model, prompts, completions, temperature=1.0, pad_token_id=0):
+def completion_logprobs(model, prompts, completions, temperature=1.0):
     """log pi(y_t | prompt, y_<t) of every completion token, at `temperature`.
 
     prompts, completions: B lists of token ids, none empty; the ids as they were sampled, never re-tokenised. Returns
     (logp, mask), both (B, T) float32 with T the longest completion, 0 on the padding; differentiable. Leaves the model
     in the mode in which it scores.
 
-    No attention mask is needed: padding stands on the right, where causal attention does not look.
+    No attention mask is needed: padding stands on the right, where causal attention does not look. So any id pads.
     """
     rows = [torch.tensor([*prompt, *completion]) for prompt, completion in zip(prompts, completions)]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id).to(model.device)  # (B, L)
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)                # (B, L)
     first = torch.tensor([[len(prompt)] for prompt in prompts], device=ids.device)                # (B, 1)
     length = torch.tensor([[len(completion)] for completion in completions], device=ids.device)
     place = torch.arange(ids.shape[1], device=ids.device)
@@ -318,7 +317,7 @@ def rollout(model, tokenizer, problems, config, critic=None, samples=None, gated
     Returns Turns with their rewards; a critique's is that of Eq. 3.
     """
     samples, rounds = samples or config.samples, 1 if config.method == "grpo" else config.rounds
-    solver, critic = (model, tokenizer), critic or (model, tokenizer)
+    solver, critic, examples = (model, tokenizer), critic or (model, tokenizer), load_examples(config)
 
     def encode(messages, tokenizer=tokenizer):
         return encode_chat(tokenizer, messages, config.thinking)
@@ -334,11 +333,11 @@ def rollout(model, tokenizer, problems, config, critic=None, samples=None, gated
         return [Turn(session // samples, session, round, role, *rest)
                 for session, *rest in zip(sessions, prompts, free_prompts, completions, texts, truncated)]
 
-    free = [encode(solver_messages(problem["problem"])) for problem in problems]
+    free = [encode(solver_messages(problem["problem"], None, examples)) for problem in problems]
     turns, reward, critique, tips = [], {}, {}, {}           # the last three: the latest of each session
     live = [turn.session for turn in first] if first else list(range(len(problems) * samples))
     for round in range(1, rounds + 1):
-        prompts = [encode(solver_messages(problems[s // samples]["problem"], tips[s])) if tips.get(s)
+        prompts = [encode(solver_messages(problems[s // samples]["problem"], tips[s], examples)) if tips.get(s)
                    else free[s // samples] for s in live]
         attempts = first if first and round == 1 else generate(
             solver, "solver", round, live, prompts, [free[s // samples] for s in live], config.max_response)
@@ -393,14 +392,13 @@ def role_advantages(rewards, groups, delta=1e-6):
     return advantages
 
 
-def calibration_ratio(logp_free, logp_guided, guided, w_max=2.0):
+def calibration_ratio(logp_free, logp_guided, w_max=2.0):
     """Eq. 4: w_t = pi(y_t | q, y_<t) / pi(y_t | q, c, y_<t), at most w_max, a constant for the gradient.
 
-    logp_free, logp_guided: (B, T) float32, both under the weights that sampled; guided: (B,) bool marks the revisions.
-    Returns (B, T); rows that are not guided are exactly 1.
+    logp_free, logp_guided: (B, T) float32, of revisions, both under the weights that sampled. Returns (B, T). Whatever
+    was sampled without critique has weight 1.
     """
-    ratio = (logp_free - logp_guided).detach().exp().clamp(max=w_max)
-    return torch.where(guided[:, None], ratio, torch.ones_like(ratio))
+    return (logp_free - logp_guided).detach().exp().clamp(max=w_max)
 
 
 def icrl_objective(logp, logp_old, advantages, weights, mask, clip_low=0.2, clip_high=0.2):
@@ -416,19 +414,19 @@ def icrl_objective(logp, logp_old, advantages, weights, mask, clip_low=0.2, clip
     return ((J * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
-def sequence_ratio(logp_free, logp_guided, guided, w_max=2.0):
+def sequence_ratio(logp_free, logp_guided, w_max=2.0):
     """In place of Eq. 4: one ratio for the revision, the product over its tokens. Unbiased only without a cap."""
-    log_ratio = (logp_free - logp_guided).sum(1, keepdim=True).expand_as(logp_free)
-    return calibration_ratio(log_ratio, torch.zeros_like(log_ratio), guided, w_max)
+    logp_free, logp_guided = (logp.sum(1, keepdim=True).expand_as(logp) for logp in (logp_free, logp_guided))
+    return calibration_ratio(logp_free, logp_guided, w_max)
 
 
-def shaped_weight(logp_free, logp_guided, guided, w_max=2.0):
+def shaped_weight(logp_free, logp_guided, w_max=2.0):
     """In place of Eq. 4: Critique-GRPO's p / (p + 0.1), p = pi(y_t | q, y_<t)."""
     p = logp_free.detach().exp()
-    return torch.where(guided[:, None], p / (p + 0.1), torch.ones_like(p))
+    return p / (p + 0.1)
 
 
-def no_weight(logp_free, logp_guided, guided, w_max=2.0):
+def no_weight(logp_free, logp_guided, w_max=2.0):
     """In place of Eq. 4: 1, as if the solver would have written the revision without critique."""
     return torch.ones_like(logp_free)
 
@@ -489,7 +487,7 @@ def optimizer_step(model, optimizer, grad_clip):
     return norm
 
 
-def update(model, optimizer, turns, config, pad_token_id=0):
+def update(model, optimizer, turns, config):
     """The optimiser step(s) of one rollout, on Eq. 6. Returns what there is to log."""
     turns = [t for t in turns if t.role == "solver" or config.critic == "trained"]
     groups = [group_key(t, config.groups) for t in turns]
@@ -503,8 +501,7 @@ def update(model, optimizer, turns, config, pad_token_id=0):
     def logprobs(indices, with_critique):
         prompts = [turns[i].prompt if with_critique else turns[i].free_prompt for i in indices]
         with autocast(model, config):
-            return completion_logprobs(model, prompts, [turns[i].completion for i in indices], config.temperature,
-                                       pad_token_id)
+            return completion_logprobs(model, prompts, [turns[i].completion for i in indices], config.temperature)
 
     batches = [[active[i] for i in batch] for batch in
                micro_batches([len(turns[i].prompt) + len(turns[i].completion) for i in active], config.micro_tokens)]
@@ -516,15 +513,16 @@ def update(model, optimizer, turns, config, pad_token_id=0):
             if inner == 0:
                 # Nothing has moved yet, so this pass is pi_old too, and the numerator of w. The denominator is scored
                 # in the same way, not recorded while sampling: in bfloat16 two ways of computing a log-prob differ.
-                old, logp_guided = logp.detach(), logp.detach().clone()
-                guided = torch.tensor([turns[i].guided for i in batch], device=logp.device)
-                if guided.any():
+                old, weights = logp.detach(), torch.ones_like(logp)
+                guided = [row for row, i in enumerate(batch) if turns[i].guided]
+                if guided:
                     with torch.no_grad():
-                        scored, _ = logprobs([i for i in batch if turns[i].guided], with_critique=True)
-                    logp_guided[guided, :scored.shape[1]] = scored
-                weights = WEIGHTS[config.weight](old, logp_guided, guided, config.w_max)
+                        logp_guided, real = logprobs([batch[row] for row in guided], with_critique=True)
+                    T = logp_guided.shape[1]
+                    w = WEIGHTS[config.weight](old[guided, :T], logp_guided, config.w_max)
+                    weights[guided, :T] = w
+                    ratios.append(w[real.bool()])
                 rollout_terms.append((old, weights))
-                ratios.append(weights[guided][mask[guided].bool()])
             old, weights = rollout_terms[number]
             A = advantages[batch].to(logp.device)
             # Every sample's mean is its own, so with the share of all samples as factor the gradients of the
@@ -538,8 +536,8 @@ def update(model, optimizer, turns, config, pad_token_id=0):
             stats["grad_norm"] = norm
         else:
             stats.update(skipped=stats["skipped"] + 1, objective=None)
-    w = torch.cat(ratios) if ratios else torch.zeros(0)
-    if len(w):
+    if ratios:
+        w = torch.cat(ratios)
         stats.update(w_mean=w.mean().item(), w_capped=(w >= config.w_max).float().mean().item(),
                      w_ess=(w.sum() ** 2 / (len(w) * (w ** 2).sum()).clamp(min=1e-30)).item())
     return stats
@@ -675,7 +673,8 @@ def start(config, resume):
         raise UsageError(f"{run} is not empty: continue the run in it with --resume {run}, or choose another --out")
     model, tokenizer = load_model(str(saved[-1]) if saved else config.model, config)
     longest = max(problems + heldout, key=lambda p: len(p["problem"]))["problem"]
-    needed = len(encode_chat(tokenizer, critic_messages(longest, ""))) + config.max_response + config.max_critique
+    prompts = critic_messages(longest, ""), solver_messages(longest, None, load_examples(config))
+    needed = max(len(encode_chat(tokenizer, p)) for p in prompts) + config.max_response + config.max_critique
     if needed > getattr(model.config, "max_position_embeddings", needed):
         raise UsageError(f"the problem {longest[:60]!r}... needs a context of {needed} tokens with --max_response and "
                          f"--max_critique, and the model has {model.config.max_position_embeddings}")
@@ -698,7 +697,7 @@ def train(config, resume=False):
     base = (place(load_model(config.model, config)[0], config), tokenizer) if config.critic == "frozen" else None
     if state["step"] == 0:
         state["before"] = state["after"] = evaluate(model, tokenizer, heldout, config, base)
-        state["before_train"] = evaluate(model, tokenizer, problems, config, base)
+        state["before_train"] = critique_free(model, tokenizer, problems, config)
     with (open(run / "metrics.jsonl", "a", buffering=1) as metrics, open(run / "sessions.jsonl", "a") as sessions,
           catch_interrupt() as stop):
         for file in (metrics, sessions):                      # a resumed run forgets what came after its checkpoint
@@ -715,7 +714,7 @@ def train(config, resume=False):
             sampled = time.time()
             tokens = state["tokens"] + sum(len(t.completion) for t in turns)
             row = {"step": step, "tokens": tokens, **rollout_stats(turns),
-                   **update(model, optimizer, turns, config, pad_token(tokenizer)),
+                   **update(model, optimizer, turns, config),
                    "rollout_seconds": sampled - started, "update_seconds": time.time() - sampled}
             last = step == config.steps or 0 < config.token_limit <= tokens
             if last or config.eval_every and step % config.eval_every == 0:
@@ -741,7 +740,7 @@ def train(config, resume=False):
                 raise KeyboardInterrupt
             if last:
                 break
-    after_train = evaluate(model, tokenizer, problems, config, base)
+    after_train = critique_free(model, tokenizer, problems, config)
     del optimizer                                             # its state makes room for the base model
     base = base or (place(load_model(config.model, config)[0], config), tokenizer)
     swap = critic_swap(base[0], model, tokenizer, heldout, config)
@@ -769,12 +768,18 @@ def evaluate(model, tokenizer, problems, config, critic=None):
     Every attempt is criticised here, right ones too. critic: as in rollout, so by default the model itself, whatever
     it was trained with. Consumes no training randomness.
     """
-    problems, config = problems[:config.eval_problems], of_evaluation(config)
+    problems = problems[:config.eval_problems]
     with fixed_draws(model, config.seed):
-        turns = rollout(model, tokenizer, problems, config, critic, gated=False)
-        greedy = rollout(model, tokenizer, problems, dataclasses.replace(config, rounds=1, temperature=0.0), samples=1)
-    return {"greedy": mean(t.reward for t in greedy),
+        turns = rollout(model, tokenizer, problems, of_evaluation(config), critic, gated=False)
+    return {"greedy": critique_free(model, tokenizer, problems, config, temperature=0.0, eval_samples=1),
             **{name: mean(value for _, value in pairs) for name, pairs in outcomes(turns, problems).items()}}
+
+
+def critique_free(model, tokenizer, problems, config, **changes):
+    """Mean reward of attempts without critique, under `config` with `changes`."""
+    config = dataclasses.replace(of_evaluation(dataclasses.replace(config, **changes)), rounds=1)
+    with fixed_draws(model, config.seed):
+        return mean(t.reward for t in rollout(model, tokenizer, problems[:config.eval_problems], config))
 
 
 @contextlib.contextmanager
@@ -792,33 +797,32 @@ def outcomes(turns, problems):
     reported; `after_ungated` takes what comes out after the critique, for better or worse (the critic's prompt then
     calls a right attempt failed, as in training).
     """
-    first, critique, after = ({t.session: t for t in turns if t.part == part}
-                              for part in ("first", "critique", "revision"))
-    leaks = {s: states_answer(c.text, problems[c.query]["answer"]) for s, c in critique.items()}
+    first, critique, after = ([t for t in turns if t.part == part] for part in ("first", "critique", "revision"))
+    reward, revised = (np.array([t.reward for t in part]) for part in (first, after))
+    right, fixed, everywhere = reward == 1, revised == 1, np.ones(len(first), bool)
+    leaks = np.array([states_answer(extract_critique(t.text), problems[t.query]["answer"]) for t in critique], bool)
+    kinds = np.array([str(problems[t.query].get("kind") or "") for t in first])
     best = defaultdict(float)
-    for t in first.values():
+    for t in first:
         best[t.query] = max(best[t.query], t.reward)
-    right = {s: t.reward == 1 for s, t in first.items()}
-    kinds = {s: str(problems[t.query].get("kind") or "") for s, t in first.items()}
 
-    def over(sessions, value):
-        return [(first[s].query, float(value(s))) for s in first if sessions(s)]
+    def over(values, where=everywhere):
+        return [(t.query, float(value)) for t, value, counts in zip(first, values, where) if counts]
 
     return {
-        "pass@1": over(lambda s: True, lambda s: first[s].reward),
+        "pass@1": over(reward),
         **({"pass@k": list(best.items())} if len(best) < len(first) else {}),
-        "after_gated": over(lambda s: True, lambda s: max(first[s].reward, after[s].reward)),
-        "after_ungated": over(lambda s: True, lambda s: after[s].reward),
-        "wrong_to_right": over(lambda s: not right[s], lambda s: after[s].reward == 1),
-        "right_to_wrong": over(lambda s: right[s], lambda s: after[s].reward < 1),
-        "leaks": over(lambda s: True, lambda s: leaks[s]),
-        "fixed_if_leaked": over(lambda s: leaks[s] and not right[s], lambda s: after[s].reward == 1),
-        "fixed_if_not": over(lambda s: not leaks[s] and not right[s], lambda s: after[s].reward == 1),
-        "attempt_tokens": over(lambda s: True, lambda s: len(first[s].completion)),
-        "critique_tokens": over(lambda s: True, lambda s: len(critique[s].completion)),
+        "after_gated": over(np.maximum(reward, revised)),
+        "after_ungated": over(revised),
+        "wrong_to_right": over(fixed, ~right),
+        "right_to_wrong": over(~fixed, right),
+        "leaks": over(leaks),
+        "fixed_if_leaked": over(fixed, leaks & ~right),
+        "fixed_if_not": over(fixed, ~leaks & ~right),
+        "attempt_tokens": over([len(t.completion) for t in first]),
+        "critique_tokens": over([len(t.completion) for t in critique]),
         "truncated": [(t.query, float(t.truncated)) for t in turns],
-        **{f"pass@1 {kind}": over(lambda s: kinds[s] == kind, lambda s: first[s].reward)
-           for kind in sorted({*kinds.values()} - {""})},
+        **{f"pass@1 {kind}": over(reward, kinds == kind) for kind in sorted({*kinds} - {""})},
     }
 
 
@@ -1100,6 +1104,15 @@ def load_problems(path):
     return problems
 
 
+def load_examples(config):
+    """The problems of --examples, each with a worked `solution`; none by default."""
+    examples = load_problems(config.examples) if config.examples else []
+    for example in examples:
+        if not isinstance(example.get("solution"), str):
+            raise UsageError(f"{config.examples}: {example['problem'][:60]!r} has no text under 'solution'")
+    return examples
+
+
 # --------------------------------------------------------------------------------------------------- answer checking
 #
 # The answer checker: find the box, bring both answers to one spelling, compare them part by part.
@@ -1352,7 +1365,7 @@ def print_figures(columns):
 
 
 def print_result(result):
-    columns = {when: {**result[when], "train": result[f"{when}_train"]["pass@1"],
+    columns = {when: {**result[when], "train": result[f"{when}_train"],
                       **result["swap"][f"{critic} critic, base solver"]}
                for when, critic in (("before", "base"), ("after", "trained"))}
     print_figures(columns)

@@ -320,6 +320,20 @@ def test_without_a_critique_a_revision_has_the_prompt_of_a_first_attempt():
     assert icrl.solver_messages("6 * 7?", "Think.") != first
 
 
+def test_examples_are_earlier_turns_of_every_attempt_and_of_nothing_else(monkeypatch, tmp_path):
+    example = {"problem": "1 + 1?", "solution": r"It is \boxed{2}."}
+    system, *shown, user = icrl.solver_messages("6 * 7?", "Think.", [example])
+    assert [system, user] == icrl.solver_messages("6 * 7?", "Think.")
+    assert [(turn["role"], turn["content"]) for turn in shown] == [
+        ("user", "1 + 1?"), ("assistant", r"It is \boxed{2}.")]
+    (tmp_path / "examples.jsonl").write_text(json.dumps(example))
+    asked = script(monkeypatch, ["no"], ["tip"], ["no"])
+    first, _, revision = icrl.rollout(NOBODY, TOKENIZER, [SIX],
+                                      icrl.Config(samples=1, examples=str(tmp_path / "examples.jsonl")))
+    assert [r"is \boxed{2}." in call.prompts[0] for call in asked] == [True, False, True]
+    assert revision.free_prompt == first.prompt != revision.prompt
+
+
 @pytest.mark.parametrize("text, critique", [
     ("<critique>Carry the one.</critique>", "Carry the one."),
     ("Well. <critique> Carry\nthe one. </critique> Good luck!", "Carry\nthe one."),
@@ -421,13 +435,12 @@ def naive_logprobs(model, prompt, completion, temperature):
     return [logits[len(prompt) - 1 + t].log_softmax(-1)[token] for t, token in enumerate(completion)]
 
 
-@pytest.mark.parametrize("pad", [PAD, EOS])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probs_are_those_of_one_sequence_after_the_other(temperature, pad):
+def test_log_probs_are_those_of_one_sequence_after_the_other(temperature):
     """Traps 2, 4, 7, 8, 9: at the temperature; without dropout; from the prompt's last position on; EOS; padding."""
     model, same = tiny_model(attention_dropout=0.5).train(), encode(" + 7") + [EOS]
     completions = [same, [EOS], same, [EOS, EOS, 9], encode("What is 1 + 2 + 3?")]       # one of them under two prompts
-    logp, mask = icrl.completion_logprobs(model, PROMPTS, completions, temperature, pad)
+    logp, mask = icrl.completion_logprobs(model, PROMPTS, completions, temperature)
     assert logp.shape == mask.shape == (5, max(map(len, completions))) and logp.dtype == torch.float32
     for row, prompt, completion in zip(range(5), PROMPTS, completions):
         naive = naive_logprobs(model.eval(), prompt, completion, temperature)
@@ -607,34 +620,31 @@ def test_eq_3_a_critique_earns_what_it_did_for_the_solver(before, after, reward)
 
 def test_eq_4_by_hand():
     """Trap 19: w is a constant for the gradient."""
-    free, guided = log([0.5, 0.2, 0.9], [0.5, 0.2, 0.9]).requires_grad_(), log([0.25, 0.4, 0.1], [0.25, 0.4, 0.1])
-    w = icrl.calibration_ratio(free, guided.requires_grad_(), torch.tensor([True, False]))
-    torch.testing.assert_close(w[0], torch.tensor([2.0, 0.5, 2.0]))                      # the last is 9, capped
-    assert w[1].eq(1).all()                                                              # first attempts and critiques
-    assert icrl.calibration_ratio(free, guided, torch.tensor([True, False]), 3.5)[0, 2] == 3.5
-    assert not any(weigh(free, guided, torch.tensor([True, False])).requires_grad for weigh in icrl.WEIGHTS.values())
+    free, guided = log([0.5, 0.2, 0.9]).requires_grad_(), log([0.25, 0.4, 0.1]).requires_grad_()
+    torch.testing.assert_close(icrl.calibration_ratio(free, guided), torch.tensor([[2.0, 0.5, 2.0]]))    # 9, capped
+    assert icrl.calibration_ratio(free, guided, 3.5)[0, 2] == 3.5
+    assert not any(weigh(free, guided).requires_grad for weigh in icrl.WEIGHTS.values())
 
 
 def test_other_weights_by_hand():
     free, guided = log([0.5, 0.2, 1.0], [0.5, 0.2, 0.9]), log([0.25, 0.4, 1.0], [0.25, 0.4, 0.1])
-    both = torch.tensor([True, True])
-    product = icrl.WEIGHTS["sequence"](free, guided, both, math.inf)
+    product = icrl.WEIGHTS["sequence"](free, guided, math.inf)
     torch.testing.assert_close(product, torch.tensor([[1.0] * 3, [9.0] * 3]))            # 2 * 0.5, and 2 * 0.5 * 9
-    assert icrl.WEIGHTS["sequence"](free, guided, both)[1].eq(2).all()
-    shaped = icrl.WEIGHTS["shaped"](free, guided, torch.tensor([True, False]))
-    torch.testing.assert_close(shaped, torch.tensor([[5 / 6, 2 / 3, 10 / 11], [1.0] * 3]))
-    assert icrl.WEIGHTS["one"](free, guided, both).eq(1).all()
+    assert icrl.WEIGHTS["sequence"](free, guided)[1].eq(2).all()
+    torch.testing.assert_close(icrl.WEIGHTS["shaped"](free, guided), torch.tensor(
+        [[5 / 6, 2 / 3, 10 / 11], [5 / 6, 2 / 3, 0.9]]))
+    assert icrl.WEIGHTS["one"](free, guided).eq(1).all()
 
 
 def test_eq_4_has_mean_one_under_the_guided_policy():
     free, guided = log([0.5, 0.3, 0.2]), log([0.1, 0.2, 0.7])
-    w = icrl.calibration_ratio(free, guided, torch.tensor([True]), w_max=math.inf)
+    w = icrl.calibration_ratio(free, guided, w_max=math.inf)
     torch.testing.assert_close((guided.exp() * w).sum(), torch.tensor(1.0))
 
 
 def test_w_times_rho_is_the_importance_ratio_of_each_token():
     now, old, guided = log([0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [0.2, 0.2, 0.6])[:, None]
-    w = icrl.calibration_ratio(old, guided, torch.tensor([True]), w_max=math.inf)
+    w = icrl.calibration_ratio(old, guided, w_max=math.inf)
     J = icrl.icrl_objective(now, old, torch.ones(1), w, torch.ones(1, 3), clip_low=1, clip_high=math.inf)
     assert J.item() == pytest.approx((0.5 / 0.2 + 0.3 / 0.2 + 0.2 / 0.6) / 3)
 
@@ -652,7 +662,7 @@ def test_eq_4_corrects_the_token_but_not_the_way_to_it():
             p, q = ({0: 1 - x, 1: x} for x in (first[policy], second[policy][y[0]]))
             free = torch.stack([torch.nn.functional.logsigmoid(theta * (2 * y[0] - 1)),
                                 torch.tensor(abs(1 - y[1] - second["free"][y[0]])).log()])[None]
-            w = icrl.WEIGHTS[weight](free.detach(), log([p[y[0]], q[y[1]]]), torch.tensor([True]), math.inf)
+            w = icrl.WEIGHTS[weight](free.detach(), log([p[y[0]], q[y[1]]]), math.inf)
             total += p[y[0]] * q[y[1]] * icrl.icrl_objective(
                 free, free.detach(), torch.tensor([float(y == (1, 1))]), w, torch.ones(1, 2))
         return torch.autograd.grad(total, theta)[0].item()
@@ -802,7 +812,7 @@ def ascent(model, turns, config, lr=0.0):
                 p -= lr * p.grad
 
     optimizer = SimpleNamespace(step=step, param_groups=[{"params": list(model.parameters())}])
-    return icrl.update(model, optimizer, turns, config, PAD), gradients
+    return icrl.update(model, optimizer, turns, config), gradients
 
 
 def settings(**changes):
@@ -903,9 +913,9 @@ def test_a_batch_without_advantages_changes_nothing_at_all():
     """Trap 23: an optimiser step on zero gradients still moves weights, by momentum and by weight decay."""
     model, turns, config = tiny_model(), a_rollout(), settings()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
-    icrl.update(model, optimizer, turns, config, PAD)         # from here on there is momentum
+    icrl.update(model, optimizer, turns, config)         # from here on there is momentum
     before = copy.deepcopy([model.state_dict(), optimizer.state_dict()["state"]])
-    stats = icrl.update(model, optimizer, [dataclasses.replace(t, reward=1.0) for t in turns], config, PAD)
+    stats = icrl.update(model, optimizer, [dataclasses.replace(t, reward=1.0) for t in turns], config)
     torch.testing.assert_close([model.state_dict(), optimizer.state_dict()["state"]], before, rtol=0, atol=0)
     assert stats["flat_groups"] == 1.0 and stats["grad_norm"] == stats["objective"] == 0.0
 
@@ -920,7 +930,7 @@ def test_bfloat16_computes_in_half_the_bits_and_still_takes_steps_of_the_papers_
     model, dtypes = tiny_model(), set()
     model.lm_head.register_forward_hook(lambda head, inputs, output: dtypes.add(output.dtype))
     before = copy.deepcopy(list(model.parameters()))
-    icrl.update(model, torch.optim.AdamW(model.parameters(), lr=1e-6), a_rollout(), settings(bf16=True), PAD)
+    icrl.update(model, torch.optim.AdamW(model.parameters(), lr=1e-6), a_rollout(), settings(bf16=True))
     steps = torch.cat([(p.double() - q.double()).flatten() for p, q in zip(model.parameters(), before)])
     assert steps.abs().median().item() == pytest.approx(1e-6, rel=0.1) and dtypes == {torch.bfloat16}
 
@@ -953,7 +963,7 @@ def test_trl_agrees(method, tmp_path):
     with torch.no_grad():
         (old, mask), (guided, _) = (icrl.completion_logprobs(model, by, completions, config.temperature)
                                     for by in (free, prompts))
-    w = icrl.calibration_ratio(old, guided, torch.tensor([t.guided for t in turns]), config.w_max)
+    w = icrl.calibration_ratio(old, guided, config.w_max)
     A = icrl.role_advantages(rewards, [(t.query, t.role) for t in turns], delta=1e-4)
     sampled = {"prompt_ids": free, "completion_ids": completions, "reward": list(rewards),
                "logprobs": [row[:len(completion)].tolist() for row, completion in zip(guided, completions)]}
@@ -1176,9 +1186,10 @@ def test_who_solves_and_who_criticises_in_the_run_of_a_frozen_critic(short_run, 
     results(short_run, "frozen", critic="frozen", steps=1, eval_problems=8)
     base, trained = cast[0][0], cast[-1][1]
     assert base != trained
-    before, after = [(base, base), (base, None)], [(trained, base), (trained, None)]     # sampled, and then greedy
+    # Held-out problems with critique, and greedy; then training problems.
+    before, after = ([(solver, base), (solver, None), (solver, None)] for solver in (base, trained))
     swap = [(base, None), (base, base), (trained, base), (base, trained), (trained, trained)]
-    assert cast == before * 2 + [(base, base)] + after * 2 + swap
+    assert cast == before + [(base, base)] + after + swap
 
 
 def before_update(monkeypatch, number, act):
@@ -1343,9 +1354,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing_at_all(factor, where, mon
     model, config = tiny_model(), settings(lr=0.1, weight_decay=0.1, inner_steps=2, optimizer_on=where, device="cpu")
     optimizer = icrl.make_optimizer(model, config)
     spoil_gradients(monkeypatch, {2}, factor)
-    icrl.update(model, optimizer, a_rollout(), config, PAD)
+    icrl.update(model, optimizer, a_rollout(), config)
     before = copy.deepcopy([model.state_dict(), optimizer.state_dict()["state"]])
-    stats = icrl.update(model, optimizer, a_rollout(), config, PAD)
+    stats = icrl.update(model, optimizer, a_rollout(), config)
     torch.testing.assert_close([model.state_dict(), optimizer.state_dict()["state"]], before, rtol=0, atol=0)
     assert stats["skipped"] == 2 and all(p.grad is None for p in model.parameters())
 
@@ -1391,7 +1402,7 @@ def test_with_half_the_bits_on_the_device_the_host_keeps_all_of_them(tmp_path):
     """Trap 25: the device sees weights rounded to bfloat16; what is trained, saved and read back is not rounded."""
     model, config = tiny_model(), settings(bf16=True, optimizer_on="cpu", lr=1e-6, device="cpu")
     before, optimizer = copy.deepcopy(list(model.parameters())), icrl.make_optimizer(model, config)
-    icrl.update(model, optimizer, a_rollout(), config, PAD)
+    icrl.update(model, optimizer, a_rollout(), config)
     masters = optimizer.param_groups[0]["params"]
     steps = torch.cat([(p.double() - q.double()).flatten() for p, q in zip(masters, before)])
     assert steps.abs().median().item() == pytest.approx(1e-6, rel=0.1)
@@ -1412,7 +1423,7 @@ def test_the_shipped_model_learns():
     torch.manual_seed(0)
     for step in range(1, config.steps + 1):
         turns = icrl.rollout(model, tokenizer, icrl.problems_of_step(problems, step, config), config)
-        icrl.update(model, optimizer, turns, config, icrl.pad_token(tokenizer))
+        icrl.update(model, optimizer, turns, config)
     assert icrl.evaluate(model, tokenizer, heldout, config)["pass@1"] > before["pass@1"] + 0.3
 
 
@@ -1602,6 +1613,8 @@ def odds_and_ends(tmp_path_factory):
     ("--data TMP/nothing.jsonl", "cannot read TMP/nothing.jsonl"), ("--data TMP", "cannot read TMP"),
     ("--heldout TMP/nothing.jsonl", "cannot read TMP/nothing.jsonl"),
     (f"--data {DATA}/heldout.jsonl", "240 held-out problems are training problems too, such as"),
+    ("--examples TMP/nothing.jsonl", "cannot read TMP/nothing.jsonl"),
+    (f"--examples {DATA}/heldout.jsonl", "has no text under 'solution'"),
     ("--model TMP/nothing", "cannot use the model 'TMP/nothing'"), ("--model TMP", "cannot use the model 'TMP'"),
     ("--out TMP/old", "TMP/old is not empty"), ("--out TMP/notes", "TMP/notes is not empty"),
     ("--out TMP/few.csv", "TMP/few.csv"), ("--out TMP/few.csv/run", "TMP/few.csv/run"),
