@@ -582,6 +582,16 @@ def place(model, config):
         raise UsageError(f"--device {config.device}: {str(error).splitlines()[0]}") from error
 
 
+def check_context(model, tokenizer, problems, config):
+    """Refuse problems that are too long for the model, before any is sampled."""
+    longest = max(problems, key=lambda p: len(p["problem"]))["problem"]
+    prompts = critic_messages(longest, ""), solver_messages(longest, None, load_examples(config))
+    needed = max(len(encode_chat(tokenizer, p)) for p in prompts) + config.max_response + config.max_critique
+    if needed > getattr(model.config, "max_position_embeddings", needed):
+        raise UsageError(f"the problem {longest[:60]!r}... needs a context of {needed} tokens with --max_response and "
+                         f"--max_critique, and the model has {model.config.max_position_embeddings}")
+
+
 def problems_of_step(problems, step, config):
     """The problems of a step. Each epoch has an order of its own, which follows from the seed."""
     places = [divmod(i, len(problems)) for i in range((step - 1) * config.queries, step * config.queries)]
@@ -672,19 +682,14 @@ def start(config, resume):
     if not resume and run.is_dir() and any(run.iterdir()):
         raise UsageError(f"{run} is not empty: continue the run in it with --resume {run}, or choose another --out")
     model, tokenizer = load_model(str(saved[-1]) if saved else config.model, config)
-    longest = max(problems + heldout, key=lambda p: len(p["problem"]))["problem"]
-    prompts = critic_messages(longest, ""), solver_messages(longest, None, load_examples(config))
-    needed = max(len(encode_chat(tokenizer, p)) for p in prompts) + config.max_response + config.max_critique
-    if needed > getattr(model.config, "max_position_embeddings", needed):
-        raise UsageError(f"the problem {longest[:60]!r}... needs a context of {needed} tokens with --max_response and "
-                         f"--max_critique, and the model has {model.config.max_position_embeddings}")
+    check_context(model, tokenizer, problems + heldout, config)
     optimizer = make_optimizer(model, config)
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / "config.json", dataclasses.asdict(config))
     if saved:
         optimizer.load_state_dict(torch.load(saved[-1] / "optimizer.pt", map_location="cpu", weights_only=True))
         return model, tokenizer, optimizer, problems, heldout, json.loads((saved[-1] / "state.json").read_text())
-    return model, tokenizer, optimizer, problems, heldout, {"step": 0, "tokens": 0, "skipped": 0}
+    return model, tokenizer, optimizer, problems, heldout, {"step": 0, "tokens": 0, "skipped_in_a_row": 0}
 
 
 def train(config, resume=False):
@@ -721,7 +726,8 @@ def train(config, resume=False):
                 state["after"] = row["heldout"] = evaluate(model, tokenizer, heldout, config, base)
             print(json.dumps(row), file=metrics)
             log_sessions(sessions, turns, batch, step=step)
-            state |= {"step": step, "tokens": tokens, "skipped": state["skipped"] + 1 if row["skipped"] else 0,
+            state |= {"step": step, "tokens": tokens,
+                      "skipped_in_a_row": state["skipped_in_a_row"] + 1 if row["skipped"] else 0,
                       "metrics.jsonl": metrics.tell(), "sessions.jsonl": sessions.tell()}
             shown = {"unaided": row["first_reward"], "with critique": row["revision_reward"], "w": row["w_mean"],
                      "held-out": state["after"]["pass@1"]}
@@ -731,7 +737,7 @@ def train(config, resume=False):
             for part, name, limit in (("first", "attempt", "response"), ("critique", "critique", "critique")):
                 if row[f"{part}_truncated"] == 1:
                     tqdm.write(f"warning, step {step}: every {name} was cut off; raise --max_{limit}")
-            if state["skipped"] == 3:
+            if state["skipped_in_a_row"] == 3:
                 raise UsageError("the gradients of three steps in a row are not finite; their sessions are the last in "
                                  f"{run / 'sessions.jsonl'}; try a lower --lr, or --no-bf16")
             if last or stop or config.save_every and step % config.save_every == 0:
@@ -872,6 +878,8 @@ def evaluate_file(config):
     out, problems = Path(config.out), load_problems(config.data)[:config.eval_problems]
     model, tokenizer = load_model(config.model, config)
     critic = None if config.critic == "trained" else load_model(config.critic, config)
+    for pair in filter(None, [(model, tokenizer), critic]):
+        check_context(*pair, problems, config)
     out.mkdir(parents=True, exist_ok=True)
     place(model, config), critic and place(critic[0], config)
     with open(out / "responses.jsonl", "x") as file, fixed_draws(model, config.seed):

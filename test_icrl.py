@@ -1639,6 +1639,7 @@ def odds_and_ends(tmp_path_factory):
     ("eval --data TMP/nothing.jsonl", "cannot read TMP/nothing.jsonl"),
     ("eval --model TMP/nothing", "cannot use the model 'TMP/nothing'"), ("eval --k 0", "--eval_samples must be at"),
     ("eval --critic TMP/nothing", "cannot use the model 'TMP/nothing'"),
+    ("eval --max_response 500", "needs a context of "), (f"eval --critic {DATA}/model --max_critique 500", "needs a c"),
     ("eval --out TMP/done", "TMP/done/responses.jsonl"), ("eval --weight sideways", "invalid choice: 'sideways'"),
     ("eval --resume TMP/old", "unrecognized arguments: --resume"),
 ])
