@@ -372,6 +372,23 @@ def test_thinking_is_left_to_the_chat_template():
         assert tokenizer.decode(icrl.encode_chat(tokenizer, messages, thinking)) == str(thinking)
 
 
+def test_thinking_is_the_same_in_every_role_and_context(monkeypatch):
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = "{{ enable_thinking }} {{ messages[-1].content }}"
+    for thinking in (True, False):
+        script(monkeypatch, ["no"], ["tip"], ["no"])
+        turns = icrl.rollout(NOBODY, tokenizer, [SIX], icrl.Config(samples=1, thinking=thinking))
+        assert len(turns) == 3 and all(tokenizer.decode(prompt).startswith(str(thinking))
+                                       for t in turns for prompt in (t.prompt, t.free_prompt))
+
+
+@pytest.mark.parametrize("messages", [icrl.solver_messages("6 * 7?", "Thirteen."),
+                                      icrl.critic_messages("6 * 7?", "Thirteen.")])
+def test_a_prompt_is_a_system_and_a_user_turn(messages):
+    assert [message["role"] for message in messages] == ["system", "user"]
+    assert all(word in messages[1]["content"] for word in ("6 * 7?", "Thirteen."))
+
+
 # --------------------------------------------------------------------------------------------------------- sampling
 
 PROMPTS = [[87, 104, 97, 116, 63], [63], list(range(40, 53)), [63], [87, 104, 121, 63]]  # the second comes twice
