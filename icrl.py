@@ -1170,14 +1170,9 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in [
 def extract_answer(text: str) -> str | None:
     r"""The content of the last `\boxed{...}` that is closed and not empty, or None without one.
 
-    What follows a `</think>` comes first; a box among the thoughts counts only if there is none behind them.
+    A box among the thoughts of a thinking model counts only if there is none behind them. Braces are paired from the
+    end, in linear time, so that one never closed cannot swallow a later box.
     """
-    thoughts, _, rest = text.rpartition("</think>")
-    return _last_box(rest) or _last_box(thoughts)
-
-
-def _last_box(text):
-    """Braces are paired from the end, in linear time, so that one never closed cannot swallow a later box."""
     ends, text = [], text[:text.rfind("}") + 1][-50_000:]     # no answer is longer, and no reward may take seconds
     for brace in reversed(list(re.finditer(r"\\?\\(?:boxed|fbox)\s*\{|\\[\\{}]|[{}]", text))):
         if brace[0] == "}":
@@ -1197,7 +1192,7 @@ def is_correct(response: str, answer: str) -> bool:
     may come in any order; a tuple, an interval or a matrix may not. A name (x = 5), a unit or the base of a
     number (204_5) may be missing on one side, but two that differ are wrong. Words ignore case.
     """
-    gold = answer.strip() if isinstance(answer, str) else str(answer)
+    gold = str(answer).strip()
     if len(re.findall(r"\\boxed", gold)) == 1:                   # a gold answer may come in its own box
         gold = extract_answer(gold) or gold
     boxed = extract_answer(response)

@@ -129,7 +129,7 @@ def swapped(table):
 
 EQUAL = {
     "integer": [("17", "17"), ("017", "17"), ("17.0", "17"), ("+17", "17"), ("20-3", "17"), ("−17", "-17"),
-                ("17,", "17"), ("; 17", "17"), (r"10 \cdot 10^{499}", "10^{500}")],
+                ("17,", "17"), ("; 17", "17"), ("17", r"So it is \boxed{17}."), (r"10 \cdot 10^{499}", "10^{500}")],
     "thousands": [("7,650,000", "7650000"), (r"7{,}650", "7650"), (r"7,\!650", "7650"), (r"\$7,650", "7650")],
     "fraction": [(r"\frac{6}{8}", r"\frac34"), ("3/4", r"\dfrac{3}{4}"), ("-3/4", r"\frac{-3}{4}"),
                  ("0.75", "3/4"), (r"\\frac{3}{4}", "3/4")],
@@ -153,7 +153,8 @@ EQUAL = {
                    (r"1000(\sqrt2+\sqrt3)", r"1000\sqrt2+1000\sqrt3")],
     "equation": [("x=6", "6"), ("6", "k = 6"), ("y=3x+1", "3x+1"), ("2x=12", "x=6"), ("x-3y+2=0", "3y-x=2"),
                  ("f(x)=x^2+x", "x(x+1)"), (r"\frac12 \approx 0.5", "1/2"), (r"p = 2 \cdot 3 = 6", "6")],
-    "tuple": [("(1/2, -3)", "(0.5,-3)"), ("(x,y) = (4,5)", "(4,5)"), (r"\langle 4, 5 \rangle", "(4,5)")],
+    "tuple": [("(1/2, -3)", "(0.5,-3)"), ("(x,y) = (4,5)", "(4,5)"), ("(x,y) = (4, 10/2)", "(x,y) = (4,5)"),
+              ("(3, 8/2)", "(3,4)"), (r"\langle 4, 5 \rangle", "(4,5)")],
     "interval": [(r"[0, \infty)", r"[ 0,+\infty )"), (r"x \in (1,2]", "(1, 2]"),
                  ("(3,4)∪(1,2)", r"(1,2) \cup (3,4)"), (r"3 < x \le 4", "(3,4]"), (r"x \ge 5", r"[5, \infty)"),
                  (r"5 > x", r"x < 5"), ("x<5", r"(-\infty,5)"), (r"-x < 5", r"-x<5")],
@@ -381,6 +382,7 @@ def test_thinking_is_left_to_the_chat_template():
     messages = icrl.solver_messages("6 * 7?")
     for thinking in (True, False):
         assert tokenizer.decode(icrl.encode_chat(tokenizer, messages, thinking)) == str(thinking)
+    assert tokenizer.decode(icrl.encode_chat(tokenizer, messages)) == "False"
 
 
 def test_thinking_is_the_same_in_every_role_and_context(monkeypatch):
@@ -935,6 +937,14 @@ def test_micro_batches_hold_every_index_once_and_keep_to_the_budget():
         batches = icrl.micro_batches(lengths, budget)
         assert sorted(i for batch in batches for i in batch) == list(range(50))
         assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget for batch in batches)
+    assert icrl.micro_batches([5, 4, 5], 10) == [[0, 2], [1]]           # filled to the brim
+
+
+def test_the_update_keeps_to_its_budget_of_tokens():
+    model, seen = tiny_model(), []
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    ascent(model, a_rollout(), settings(micro_tokens=150))
+    assert 100 < max(seen) <= 150
 
 
 def test_a_batch_without_advantages_changes_nothing_at_all():
@@ -945,7 +955,8 @@ def test_a_batch_without_advantages_changes_nothing_at_all():
     before = copy.deepcopy([model.state_dict(), optimizer.state_dict()["state"]])
     stats = icrl.update(model, optimizer, [dataclasses.replace(t, reward=1.0) for t in turns], config)
     torch.testing.assert_close([model.state_dict(), optimizer.state_dict()["state"]], before, rtol=0, atol=0)
-    assert stats["flat_groups"] == 1.0 and stats["grad_norm"] == stats["objective"] == 0.0
+    assert stats == {"flat_groups": 1.0, "grad_norm": 0.0, "objective": 0.0, "skipped": 0, "w_mean": None,
+                     "w_capped": None, "w_ess": None}
 
 
 def test_long_gradients_are_cut_to_length():
