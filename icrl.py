@@ -539,7 +539,7 @@ def update(model, optimizer, turns, config):
     if ratios:
         w = torch.cat(ratios)
         stats.update(w_mean=w.mean().item(), w_capped=(w >= config.w_max).float().mean().item(),
-                     w_ess=(w.sum() ** 2 / (len(w) * (w ** 2).sum()).clamp(min=1e-30)).item())
+                     w_ess=(w.mean() ** 2 / (w ** 2).mean().clamp(min=1e-30)).item())
     return stats
 
 

@@ -395,11 +395,10 @@ def test_thinking_is_the_same_in_every_role_and_context(monkeypatch):
                                        for t in turns for prompt in (t.prompt, t.free_prompt))
 
 
-@pytest.mark.parametrize("messages", [icrl.solver_messages("6 * 7?", "Thirteen."),
-                                      icrl.critic_messages("6 * 7?", "Thirteen.")])
-def test_a_prompt_is_a_system_and_a_user_turn(messages):
-    assert [message["role"] for message in messages] == ["system", "user"]
-    assert all(word in messages[1]["content"] for word in ("6 * 7?", "Thirteen."))
+def test_a_prompt_is_a_system_and_a_user_turn():
+    for messages in icrl.solver_messages("6 * 7?", "Thirteen."), icrl.critic_messages("6 * 7?", "Thirteen."):
+        assert [message["role"] for message in messages] == ["system", "user"]
+        assert all(word in messages[1]["content"] for word in ("6 * 7?", "Thirteen."))
 
 
 # --------------------------------------------------------------------------------------------------------- sampling
@@ -1397,7 +1396,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_at_all(factor, where, mon
     before = copy.deepcopy([model.state_dict(), optimizer.state_dict()["state"]])
     stats = icrl.update(model, optimizer, a_rollout(), config)
     torch.testing.assert_close([model.state_dict(), optimizer.state_dict()["state"]], before, rtol=0, atol=0)
-    assert stats["skipped"] == 2 and all(p.grad is None for p in model.parameters())
+    assert stats["skipped"] == 2 and stats["objective"] is None and all(p.grad is None for p in model.parameters())
 
 
 def test_three_steps_without_a_finite_gradient_end_a_run_and_two_do_not(short_run, monkeypatch, capsys):
