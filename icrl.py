@@ -6,8 +6,8 @@ One language model plays two roles, told apart by their prompts alone.
   1. The solver attempts a problem. If it fails, the critic (same weights) writes a critique of the attempt, and the
      solver tries afresh with the critique in its prompt: a session of at most K attempts (Algorithm 1).
   2. The critic is paid by what its critique did for the solver                                           (Eq. 3).
-  3. A guided revision trains the solver *as if it had never seen the critique*; each of its tokens counts by how
-     likely the unaided solver was to write it, w_t = pi(y_t | q) / pi(y_t | q, c)                        (Eq. 4).
+  3. A guided revision trains the solver *as if it had never seen the critique*; each of its tokens counts the less,
+     the less likely it was without: w_t = pi(y_t | q) / pi(y_t | q, c)                                   (Eq. 4).
   4. Advantages are normalised per (problem, role), so that critics compete with critics                  (Eq. 5).
   5. One clipped policy-gradient step moves both roles at once                                            (Eq. 6).
 With --method grpo the critic is off and what is left is plain GRPO: read ICRL as the difference.
@@ -161,8 +161,9 @@ def critic_messages(problem, attempt):
 
 
 def extract_critique(text):
-    """The critique in what the critic wrote: between its last tags, or everything where the tags are missing."""
-    return text.rpartition("</think>")[2].rpartition("<critique>")[2].partition("</critique>")[0].strip()
+    """The critique in what the critic wrote: no thoughts; between its last tags, or all where tags are missing."""
+    text = text.rpartition("</think>")[2].partition("<think>")[0]          # nor a thought that was cut off
+    return text.rpartition("<critique>")[2].partition("</critique>")[0].strip()
 
 
 def encode_chat(tokenizer, messages, thinking=False):
@@ -467,7 +468,8 @@ def make_optimizer(model, config):
     if config.optimizer_on == "cpu":
         weights = [torch.nn.Parameter(weight.detach().to("cpu", torch.float32, copy=True)) for weight in weights]
     place(model, config)
-    return torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay)
+    return torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay,
+                             fused=weights[0].is_cuda or None)            # there, the default needs 4 bytes more
 
 
 def optimizer_step(model, optimizer, grad_clip):
@@ -503,6 +505,7 @@ def update(model, optimizer, turns, config):
         with autocast(model, config):
             return completion_logprobs(model, prompts, [turns[i].completion for i in indices], config.temperature)
 
+    # (Of a revision's two prompts, `prompt` is the longer one.)
     batches = [[active[i] for i in batch] for batch in
                micro_batches([len(turns[i].prompt) + len(turns[i].completion) for i in active], config.micro_tokens)]
     rollout_terms, ratios = [], []                            # of each micro-batch, under the weights that sampled
@@ -526,7 +529,7 @@ def update(model, optimizer, turns, config):
             old, weights = rollout_terms[number]
             A = advantages[batch].to(logp.device)
             # Every sample's mean is its own, so with the share of all samples as factor the gradients of the
-            # micro-batches add up to exactly that of the whole batch.
+            # micro-batches add up to exactly that of the whole batch (rounded to bfloat16, where the weights are).
             share = len(batch) / len(turns)
             J = share * icrl_objective(logp, old, A, weights, mask, config.clip_low, config.clip_high)
             (-J).backward()
@@ -573,11 +576,15 @@ def load_model(name, config):
 
 
 def place(model, config):
-    """The model on its device, in bfloat16 if its float32 weights are kept elsewhere (see make_optimizer)."""
+    """The model on its device, its weights in bfloat16 if their float32 is kept elsewhere (see make_optimizer)."""
     auto = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.bf16 and config.optimizer_on == "cpu":          # not the buffers: RoPE's frequencies need all their bits
+        for weight in model.parameters():
+            weight.data = weight.data.to(torch.bfloat16)
     try:
-        return model.to(auto if config.device == "auto" else config.device,
-                        torch.bfloat16 if config.bf16 and config.optimizer_on == "cpu" else torch.float32)
+        return model.to(auto if config.device == "auto" else config.device)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {config.device}: {str(error).splitlines()[0]}") from error
 
@@ -708,7 +715,8 @@ def train(config, resume=False):
         for file in (metrics, sessions):                      # a resumed run forgets what came after its checkpoint
             file.truncate(state.get(Path(file.name).name, 0))
 
-        bar = tqdm(range(state["step"] + 1, config.steps + 1), initial=state["step"], total=config.steps,
+        end = state["step"] if 0 < config.token_limit <= state["tokens"] else config.steps
+        bar = tqdm(range(state["step"] + 1, end + 1), initial=state["step"], total=config.steps,
                    desc=config.method, dynamic_ncols=True)
         for step in bar:
             # Each step seeds itself: a resumed run needs no saved random state, and nothing that happens between two
@@ -912,6 +920,8 @@ def compare(config, arms, seeds):
         raise UsageError("--arms: name icrl before grpo_tokens, which may spend as many tokens as icrl did")
     if len({*arms}) < len(arms) or len({*seeds}) < len(seeds) or min(seeds) < 0:
         raise UsageError("--arms and --seeds: each only once, and no seed below 0")
+    if config.samples == 1 and {"grpo", "role_round"} & {*arms}:
+        raise UsageError("--samples 1 leaves the arms grpo and role_round nothing to compare a reward with")
     if own := [f"--{name}" for name in ("method", "critic", "weight", "groups", "seed")
                if getattr(config, name) != getattr(Config, name)]:
         raise UsageError(f"to compare, --arms and --seeds say what differs; leave out {', '.join(own)}")
@@ -1362,7 +1372,7 @@ def print_figures(columns):
     kinds = {name: f"critique-free accuracy: {name[7:]}" for figures in columns.values() for name in figures
              if name.startswith("pass@1 ")}
     for name, title in {**TITLES, **kinds, "train": "critique-free accuracy on training problems"}.items():
-        if values := [figures.get(name) for figures in columns.values() if name in figures]:
+        if values := [figures[name] for figures in columns.values() if name in figures]:
             digits = 1 if "tokens" in name else 3
             print(f"{title:50}", *(f"{'-' if value is None else format(value, f'.{digits}f'):>7}" for value in values))
 

@@ -347,6 +347,7 @@ def test_examples_are_earlier_turns_of_every_attempt_and_of_nothing_else(monkeyp
     ("<think><critique>Hm.</critique></think>Carry the one.", "Carry the one."),
     ("Carry the one.", "Carry the one."), ("<critique>Carry the one.", "Carry the one."),
     ("Carry the one.</critique>", "Carry the one."), ("<critique></critique>", ""), ("", ""),
+    ("<think>Is 42 right? <critique>It", ""), ("Hm. <think>Hm.</think> Carry the one.", "Carry the one."),
 ])
 def test_the_critique_is_what_stands_between_the_last_tags(text, critique):
     assert icrl.extract_critique(text) == critique
@@ -885,6 +886,8 @@ def test_what_is_logged_of_w_is_that_of_the_revisions_tokens():
     assert stats["w_mean"] == pytest.approx(w.mean().item(), rel=1e-4)
     assert stats["w_ess"] == pytest.approx((w.sum() ** 2 / (w ** 2).sum() / len(w)).item(), rel=1e-4)
     assert stats["flat_groups"] == 1 / 4
+    small, _ = ascent(model, turns, settings(w_max=0.5))      # a share, whatever the scale of w
+    assert small["w_ess"] == pytest.approx((w.clamp(max=0.5).mean() ** 2 / (w.clamp(max=0.5) ** 2).mean()).item())
 
 
 def test_without_a_critique_w_is_one(monkeypatch):
@@ -1282,6 +1285,12 @@ def kill_and_resume(config, kills):
             break
 
 
+def test_a_run_that_has_spent_its_tokens_does_not_go_on_when_resumed(short_run):
+    spent = results(short_run, "spent", token_limit=1)
+    icrl.Path(short_run.out).with_name("spent").joinpath("result.json").unlink()
+    assert len(spent[0]) == 1 and results(short_run, "spent", resume=True, token_limit=1) == spent
+
+
 def test_a_run_killed_at_any_moment_goes_on_as_if_nothing_had_happened(short_run, tmp_path):
     """Trap 28: twenty times, at its start, in its steps and while it writes its checkpoints."""
     config = dataclasses.replace(short_run, save_every=1, eval_every=2, eval_problems=1, max_response=3, max_critique=3)
@@ -1375,6 +1384,13 @@ def test_without_memory_there_is_advice_and_a_checkpoint(short_run, undisturbed,
     assert all(flag in words for flag in ("--sample_batch", "--micro_tokens", "--checkpointing", "--optimizer_on cpu"))
 
 
+def test_a_full_device_is_not_taken_for_a_missing_one():
+    full = tiny_model()
+    full.to = lambda device: fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"))
+    with pytest.raises(torch.OutOfMemoryError):
+        icrl.place(full, icrl.Config())
+
+
 def spoil_gradients(monkeypatch, steps, factor=math.nan):
     """Multiply the objective by `factor` in these calls of `update`."""
     update, objective, calls = icrl.update, icrl.icrl_objective, itertools.count(1)
@@ -1445,6 +1461,8 @@ def test_with_half_the_bits_on_the_device_the_host_keeps_all_of_them(tmp_path):
     steps = torch.cat([(p.double() - q.double()).flatten() for p, q in zip(masters, before)])
     assert steps.abs().median().item() == pytest.approx(1e-6, rel=0.1)
     assert all(p.dtype == torch.bfloat16 and p.equal(q.bfloat16()) for p, q in zip(model.parameters(), masters))
+    frequencies, exact = (module.model.rotary_emb.inv_freq for module in (model, tiny_model()))
+    assert frequencies.equal(exact)                           # rounded, they would turn by radians at a distance
     icrl.save(tmp_path, model, TOKENIZER, optimizer, {"step": 1})
     read, _ = icrl.load_model(str(tmp_path / "checkpoint-1"), config)
     assert all(p.dtype == torch.float32 and p.equal(q) for p, q in zip(read.parameters(), masters))
@@ -1669,7 +1687,7 @@ def odds_and_ends(tmp_path_factory):
     ("compare --seeds one", "invalid int value: 'one'"), ("compare --seeds -1", "no seed below 0"),
     ("compare --seeds 0 1 0", "only once"), ("compare --arms icrl grpo icrl", "only once"),
     ("compare --arms grpo_tokens icrl", "name icrl before grpo_tokens"), ("compare --seed 3", "--seed"),
-    ("compare --method grpo", "--method"), ("compare --resume TMP/old", "unrecognized arguments: --resume"),
+    ("compare --method grpo", "--method"), ("compare --samples 1", "leaves the arms grpo and role_round nothing"), ("compare --resume TMP/old", "unrecognized arguments: --resume"),
     ("compare --out TMP/arms --arms icrl --steps 4", "TMP/arms/icrl-0 was run with another --steps, --lr;"),
     ("plot", "the following arguments are required: csv"), ("plot TMP/nothing.csv", "TMP/nothing.csv"),
     ("plot TMP", "TMP"), *((f"plot TMP/{name}.csv", f"TMP/{name}.csv is not a table that compare has written")
