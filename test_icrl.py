@@ -101,6 +101,14 @@ def test_the_word_problems_can_be_graded_and_made_again(tmp_path):
         assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
 
 
+def test_the_worked_examples_are_right_and_in_neither_set_of_word_problems():
+    examples = icrl.load_examples(icrl.Config(examples=str(DATA / "words_examples.jsonl")))
+    known = {p["problem"] for name in ("train", "heldout") for p in icrl.load_problems(DATA / f"words_{name}.jsonl")}
+    assert len(examples) == 3 and not known & {example["problem"] for example in examples}
+    for example in examples:                                  # such as 30 - 11 = 19
+        assert accepts(example["solution"].partition("=")[0], example["answer"])
+
+
 def test_every_epoch_holds_every_problem_once_in_an_order_of_its_own():
     problems, config = list(range(6)), icrl.Config(queries=4)
     drawn = [p for step in (1, 2, 3) for p in icrl.problems_of_step(problems, step, config)]
