@@ -35,7 +35,7 @@ sys.path.insert(0, str(HERE.parent))
 # there, tokens per forward pass here.
 SMALL = dict(hidden=128, layers=4, vocabulary=298)
 STEP = dict(shape=SMALL, prompts=8, samples=8, new=64, fixed=True, bf16=False, trl_micro=64, micro_tokens=1024, steps=5,
-            warm=1, method="grpo", checkpointing=False)
+            warm=1, method="grpo", trl_checkpointing=False)
 PRETRAINED = dict(STEP, shape="pretrained", prompts=4, samples=4, trl_micro=4, micro_tokens=440, steps=1)
 AGAINST_TRL = {
     "start": STEP,
@@ -43,7 +43,7 @@ AGAINST_TRL = {
     "small, up to 256 tokens": dict(STEP, new=256, fixed=False, trl_micro=16),
     "update": dict(STEP, new=256, trl_micro=16),
     "pretrained": PRETRAINED,
-    "pretrained, bf16": dict(PRETRAINED, bf16=True, checkpointing=True, trl_micro=8, micro_tokens=880),
+    "pretrained, bf16": dict(PRETRAINED, bf16=True, trl_checkpointing=True, trl_micro=8, micro_tokens=880),  # its defaults
 }
 SMOLLM2 = dict(hidden=576, layers=30, vocabulary=49152)
 EMBEDDED = dict(STEP, shape="embedded", prompts=16, new=48, fixed=False)
@@ -94,7 +94,7 @@ def icrl_step(work, folder):
     import torch
     config = icrl.Config(
         method=work["method"], samples=work["samples"], max_response=work["new"], max_critique=work["new"], lr=1e-5,
-        bf16=work["bf16"], checkpointing=work["checkpointing"], micro_tokens=work["micro_tokens"], device="cpu")
+        bf16=work["bf16"], micro_tokens=work["micro_tokens"], device="cpu")
     model, tokenizer = icrl.load_model(folder, config)
     asked, score, trained = problems(work["prompts"] * (work["steps"] + work["warm"])), icrl.completion_logprobs, []
     if work["shape"] == "embedded":
@@ -131,7 +131,7 @@ def trl_step(work, folder):
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     args = trl.GRPOConfig(
-        tempfile.mkdtemp(), use_cpu=True, bf16=work["bf16"], gradient_checkpointing=work["checkpointing"],
+        tempfile.mkdtemp(), use_cpu=True, bf16=work["bf16"], gradient_checkpointing=work["trl_checkpointing"],
         per_device_train_batch_size=work["trl_micro"], num_generations=work["samples"], learning_rate=1e-5, beta=0.0,
         gradient_accumulation_steps=work["prompts"] * work["samples"] // work["trl_micro"], top_k=0, loss_type="grpo",
         max_completion_length=work["new"], max_steps=work["steps"] + work["warm"], lr_scheduler_type="constant", seed=0,
