@@ -6,8 +6,8 @@ One language model plays two roles, told apart by their prompts alone.
   1. The solver attempts a problem. If it fails, the critic (same weights) writes a critique of the attempt, and the
      solver tries afresh with the critique in its prompt: a session of at most K attempts (Algorithm 1).
   2. The critic is paid by what its critique did for the solver                                           (Eq. 3).
-  3. A guided revision trains the solver *as if it had never seen the critique*; each of its tokens counts the less,
-     the less likely it was without: w_t = pi(y_t | q) / pi(y_t | q, c)                                   (Eq. 4).
+  3. A guided revision trains the solver *as if it had never seen the critique*; a token that only the critique made
+     likely counts little: w_t = pi(y_t | q) / pi(y_t | q, c)                                             (Eq. 4).
   4. Advantages are normalised per (problem, role), so that critics compete with critics                  (Eq. 5).
   5. One clipped policy-gradient step moves both roles at once                                            (Eq. 6).
 With --method grpo the critic is off and what is left is plain GRPO: read ICRL as the difference.
@@ -130,7 +130,7 @@ PRESETS = {
                   max_response=2048, max_critique=1024, bf16=True, checkpointing=True, sample_batch=32,
                   micro_tokens=8192, optimizer_on="cpu", eval_every=10, show_every=1, save_every=50),
     # 16 problems x 8 sessions, K = 2, temperature 1 and w_max 2 are the paper's too. A model of 0.1 B parameters needs
-    # --examples and a lower temperature to find any answer, and at lr 5e-5 it follows the last step's four problems.
+    # --examples and a lower temperature to find any answer, and its critiques put nothing right (README).
 }
 
 
