@@ -41,7 +41,6 @@ import sys
 import time
 from collections import defaultdict
 from fractions import Fraction
-from itertools import accumulate, pairwise
 from operator import add, mul, sub, truediv
 from pathlib import Path
 
@@ -107,8 +106,8 @@ class Config:
     clip_low: float = flag(0.2, "with A < 0, rho below 1 - clip_low has no gradient", low=0.0)
     clip_high: float = flag(0.2, "with A > 0, rho above 1 + clip_high has no gradient", low=0.0)
     w_max: float = flag(2.0, "cap of the calibration ratio w", low=0.0)
-    sample_batch: int = flag(256, "completions generated at a time; fewer need less memory for the cache", low=1,
-                             resumes=True)
+    sample_batch: int = flag(256, "completions generated at a time; fewer need less memory, and draw other samples",
+                             low=1, resumes=True)
     micro_tokens: int = flag(1024, "tokens per forward pass of the update; fewer need less memory", low=1, resumes=True)
     bf16: bool = flag(False, "compute in bfloat16; weights and optimiser stay float32")
     checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower", resumes=True)
@@ -469,6 +468,7 @@ def make_optimizer(model, config):
     if config.optimizer_on == "cpu":
         weights = [torch.nn.Parameter(weight.detach().to("cpu", torch.float32, copy=True)) for weight in weights]
     place(model, config)
+    # The betas are not the default ones, but those of the released code.
     return torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay,
                              fused=weights[0].is_cuda or None)            # there, the default needs 4 bytes more
 
@@ -774,6 +774,8 @@ def mean(values):
 
 
 def of_evaluation(config):
+    """Every method is measured in the same way: one critique of each attempt, by the model itself unless another is
+    given."""
     return dataclasses.replace(config, method="icrl", critic="trained", rounds=2, samples=config.eval_samples)
 
 
@@ -933,7 +935,7 @@ def compare(config, arms, seeds):
         if arm == "grpo_tokens":
             spent = json.loads((folder / f"icrl-{seed}" / "result.json").read_text())["tokens"]
             settings = dataclasses.replace(settings, samples=2 * config.samples, token_limit=spent,
-                                           steps=100 * config.steps)
+                                           steps=100 * config.steps)         # more than the tokens can last
         before = json.loads((run / "config.json").read_text()) if (run / "config.json").exists() else {}
         if other := [f"--{f.name}" for f in dataclasses.fields(Config) if f.name == "steps" or not f.metadata["resumes"]
                      if before.get(f.name, getattr(settings, f.name)) != getattr(settings, f.name)]:
@@ -976,7 +978,7 @@ def tokens_until(run, accuracy):
     """Thousands of training tokens until critique-free `accuracy`, interpolated between evaluations; inf if never."""
     if run[0]["pass@1"] >= accuracy:
         return 0.0
-    for before, after in pairwise(run):
+    for before, after in itertools.pairwise(run):
         if after["pass@1"] >= accuracy:
             share = (accuracy - before["pass@1"]) / (after["pass@1"] - before["pass@1"])
             return (before["tokens"] + share * (after["tokens"] - before["tokens"])) / 1000
@@ -1221,9 +1223,9 @@ def _normalise(text):
 
 def _split(text, separators):
     """Split `text` at the separators that stand outside all brackets."""
-    depths = accumulate((char in "([{⟦") - (char in ")]}⟧") for char in text)
+    depths = itertools.accumulate((char in "([{⟦") - (char in ")]}⟧") for char in text)
     cuts = [place for place, depth in enumerate(depths) if depth == 0 and text[place] in separators]
-    return [text[start + 1:end] for start, end in pairwise([-1, *cuts, len(text)])]
+    return [text[start + 1:end] for start, end in itertools.pairwise([-1, *cuts, len(text)])]
 
 
 def _items(text):

@@ -1695,7 +1695,8 @@ def odds_and_ends(tmp_path_factory):
     ("compare --seeds one", "invalid int value: 'one'"), ("compare --seeds -1", "no seed below 0"),
     ("compare --seeds 0 1 0", "only once"), ("compare --arms icrl grpo icrl", "only once"),
     ("compare --arms grpo_tokens icrl", "name icrl before grpo_tokens"), ("compare --seed 3", "--seed"),
-    ("compare --method grpo", "--method"), ("compare --samples 1", "leaves the arms grpo and role_round nothing"), ("compare --resume TMP/old", "unrecognized arguments: --resume"),
+    ("compare --method grpo", "--method"), ("compare --samples 1", "leaves the arms grpo and role_round nothing"),
+    ("compare --resume TMP/old", "unrecognized arguments: --resume"),
     ("compare --out TMP/arms --arms icrl --steps 4", "TMP/arms/icrl-0 was run with another --steps, --lr;"),
     ("plot", "the following arguments are required: csv"), ("plot TMP/nothing.csv", "TMP/nothing.csv"),
     ("plot TMP", "TMP"), *((f"plot TMP/{name}.csv", f"TMP/{name}.csv is not a table that compare has written")

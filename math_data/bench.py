@@ -43,7 +43,8 @@ AGAINST_TRL = {
     "small, up to 256 tokens": dict(STEP, new=256, fixed=False, trl_micro=16),
     "update": dict(STEP, new=256, trl_micro=16),
     "pretrained": PRETRAINED,
-    "pretrained, bf16": dict(PRETRAINED, bf16=True, trl_checkpointing=True, trl_micro=8, micro_tokens=880),  # its defaults
+    # TRL at its defaults
+    "pretrained, bf16": dict(PRETRAINED, bf16=True, trl_checkpointing=True, trl_micro=8, micro_tokens=880),
 }
 SMOLLM2 = dict(hidden=576, layers=30, vocabulary=49152)
 EMBEDDED = dict(STEP, shape="embedded", prompts=16, new=48, fixed=False)
