@@ -468,7 +468,7 @@ def make_optimizer(model, config):
     if config.optimizer_on == "cpu":
         weights = [torch.nn.Parameter(weight.detach().to("cpu", torch.float32, copy=True)) for weight in weights]
     place(model, config)
-    # The betas are not the default ones, but those of the released code.
+    # The betas are the authors', not AdamW's default.
     return torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay,
                              fused=weights[0].is_cuda or None)            # there, the default needs 4 bytes more
 
