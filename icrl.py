@@ -20,6 +20,7 @@ Where this file departs from the paper, why, and the switch:
   c. Group statistics use the unbiased standard deviation, and groups of one or of equal rewards give exactly 0
      (the paper leaves both open).
   d. Eq. 6 is averaged over each sample's tokens and then over samples; the paper writes one expectation over both.
+  e. A batch in which no group has an advantage takes no step: AdamW would move the weights all the same.
 What the authors' released code does differently from their paper is listed in the README.
 
 How to read it: configuration, prompts, sampling, sessions, equations and update are the method. Training,
@@ -461,8 +462,8 @@ def micro_batches(lengths, budget):
 def make_optimizer(model, config):
     """AdamW over the weights of `model`, or over float32 copies of them in the memory of the host.
 
-    With --optimizer_on cpu the device holds weights and gradients only, and with --bf16 both in bfloat16: 4 bytes a
-    parameter in place of 16. Moves `model` to the device.
+    With --optimizer_on cpu the device holds weights and gradients only, and with --bf16 the former in bfloat16: 6 bytes
+    a parameter in place of 16. Moves `model` to the device.
     """
     weights = list(model.parameters())
     if config.optimizer_on == "cpu":
@@ -530,7 +531,7 @@ def update(model, optimizer, turns, config):
             old, weights = rollout_terms[number]
             A = advantages[batch].to(logp.device)
             # Every sample's mean is its own, so with the share of all samples as factor the gradients of the
-            # micro-batches add up to exactly that of the whole batch (rounded to bfloat16, where the weights are).
+            # micro-batches add up to exactly that of the whole batch.
             share = len(batch) / len(turns)
             J = share * icrl_objective(logp, old, A, weights, mask, config.clip_low, config.clip_high)
             (-J).backward()
@@ -582,12 +583,16 @@ def place(model, config):
     if config.bf16 and config.optimizer_on == "cpu":          # not the buffers: RoPE's frequencies need all their bits
         for weight in model.parameters():
             weight.data = weight.data.to(torch.bfloat16)
+            weight.grad_dtype = torch.float32                 # micro-batches are added up in it (torch 2.10 or later)
     try:
-        return model.to(auto if config.device == "auto" else config.device)
+        model = model.to(auto if config.device == "auto" else config.device)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {config.device}: {str(error).splitlines()[0]}") from error
+    if config.bf16 and model.device.type == "cpu":            # where torch's fused attention is slow in bfloat16
+        model.set_attn_implementation("eager")
+    return model
 
 
 def check_context(model, tokenizer, problems, config):
@@ -1043,9 +1048,10 @@ def interval(values):
     known = values[np.isfinite(values)]
     if len(known) == 0:
         return "-"
-    half, digits = half_interval(known), 0 if abs(known).max() >= 100 else 1 if abs(known).max() >= 10 else 2
+    digits = 0 if abs(known).max() >= 100 else 1 if abs(known).max() >= 10 else 2
+    half = f" +- {half_interval(known):.{digits}f}" if len(known) > 1 else ""
     missing = f" ({len(known)} of {len(values)})" if len(known) < len(values) else ""
-    return f"{known.mean():.{digits}f} +- {half:.{digits}f}{missing}"
+    return f"{known.mean():.{digits}f}{half}{missing}"
 
 
 def detectable(differences):
@@ -1081,6 +1087,7 @@ def plot(paths, image):
     lines = {line.get_label(): line for panel in panels[0] for line in panel.get_lines() if line.get_label() in ARMS}
     panels[0, -1].legend(lines.values(), lines.keys(), frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(image, dpi=130, bbox_inches="tight")
+    print(f"\nthe figure is in {image}")
 
 
 # --------------------------------------------------------------------------------------------------------- problems
@@ -1389,6 +1396,10 @@ def print_result(result):
           f"the model is in {result['model']}")
 
 
+EVAL_FLAGS = ("preset model data examples out seed device critic max_response max_critique temperature thinking "
+              "sample_batch bf16 eval_problems eval_samples").split()
+
+
 def parse(argv):
     """The command line as (config, options): what is a setting of a run, and what is not."""
     parser = argparse.ArgumentParser(prog="icrl.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
@@ -1407,6 +1418,8 @@ def parse(argv):
         parser.add_argument("csv", nargs="+")
     settings = parser.add_argument_group("settings of a run")
     for f in dataclasses.fields(Config):
+        if command == "plot" or command == "eval" and f.name not in EVAL_FLAGS:
+            continue
         kind = {"type": f.type, "metavar": f.type.__name__}
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
@@ -1427,6 +1440,8 @@ def parse(argv):
         except (OSError, ValueError, TypeError) as error:
             raise UsageError(f"cannot resume {options.resume}: {error}") from error
     else:
+        if command != "eval" and ("data" in given) != ("heldout" in given):
+            raise UsageError("give both --data and --heldout; the one that is missing would be the toy's arithmetic")
         config = Config(**{**PRESETS[given.get("preset", "tiny")], **given})
         config.out = config.out or (f"runs/compare-{config.preset}" if command == "compare"
                                     else time.strftime("runs/%Y%m%d-%H%M%S"))
@@ -1440,14 +1455,20 @@ def check(config, command="train"):
     """Refuse settings that are out of range, or of which one would silently do nothing."""
     for f in dataclasses.fields(Config):
         low, choices, value = f.metadata["low"], f.metadata["choices"], getattr(config, f.name)
-        if not isinstance(value, (float, int) if f.type is float else f.type) or (
-                choices and value not in choices and (command, f.name) != ("eval", "critic")):
+        known = not choices or value in choices
+        if (command, f.name) == ("eval", "critic"):           # the model itself, or another by its name
+            known = value not in choices[1:]
+        if not known or not isinstance(value, (float, int) if f.type is float else f.type):
             raise UsageError(f"--{f.name} cannot be {value!r}")
         if low is not None and not value >= low:
             raise UsageError(f"--{f.name} must be at least {low}, not {value}")
-    if config.method == "grpo" and (idle := [f"--{name}" for name in ("critic", "weight", "groups", "w_max", "rounds")
-                                             if getattr(config, name) != getattr(Config, name)]):
-        raise UsageError(f"--method grpo has no critiques; leave out {', '.join(idle)}")
+    for reason, applies, names in [
+            ("--method grpo has no critiques", config.method == "grpo", "critic weight groups w_max rounds"),
+            ("--critic retry has no critiques", config.critic == "retry", "weight w_max"),
+            (f"--weight {config.weight} has no cap", config.weight in ("one", "shaped"), "w_max")]:
+        idle = [f"--{name}" for name in names.split() if getattr(config, name) != getattr(Config, name)]
+        if applies and idle:
+            raise UsageError(f"{reason}; leave out {', '.join(idle)}")
     if config.method == "icrl" and config.rounds == 1:
         raise UsageError("--rounds 1 leaves no room for a critique; that is --method grpo")
     if config.samples == 1 and (config.method == "grpo" or config.groups == "role_round"):

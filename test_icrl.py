@@ -157,8 +157,8 @@ EQUAL = {
                  (r"\tan(t)", r"\frac{\sin t}{\cos t}"), (r"\exp(-t)", "e^{-t}"),
                  (r"\tan^{-1} 2", r"\arctan 2"), (r"\ln(2)\pi", r"\pi\ln(2)")],
     "expression": [("(n+1)(n-1)", "n^2-1"), ("a b + c", "c+ba"), (r"\frac{1}{2}x", "x/2"),
-                   ("x_{1}+x_2", "x_2 + x_1"), (r"\omega_{0}^2 r", r"r\omega_0^{2}"), ("y**2", "y^2"), ("2A", r"A \cdot 2"),
-                   (r"1000(\sqrt2+\sqrt3)", r"1000\sqrt2+1000\sqrt3")],
+                   ("x_{1}+x_2", "x_2 + x_1"), (r"\omega_{0}^2 r", r"r\omega_0^{2}"), ("y**2", "y^2"),
+                   ("2A", r"A \cdot 2"), (r"1000(\sqrt2+\sqrt3)", r"1000\sqrt2+1000\sqrt3")],
     "equation": [("x=6", "6"), ("6", "k = 6"), ("y=3x+1", "3x+1"), ("2x=12", "x=6"), ("x-3y+2=0", "3y-x=2"),
                  ("f(x)=x^2+x", "x(x+1)"), (r"\frac12 \approx 0.5", "1/2"), (r"p = 2 \cdot 3 = 6", "6")],
     "tuple": [("(1/2, -3)", "(0.5,-3)"), ("(x,y) = (4,5)", "(4,5)"), ("(x,y) = (4, 10/2)", "(x,y) = (4,5)"),
@@ -1476,6 +1476,18 @@ def test_with_half_the_bits_on_the_device_the_host_keeps_all_of_them(tmp_path):
     assert all(p.dtype == torch.float32 and p.equal(q) for p, q in zip(read.parameters(), masters))
 
 
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch before 2.10")
+def test_gradients_of_weights_in_half_the_bits_are_added_up_in_all_of_them():
+    model = icrl.place(tiny_model(), settings(bf16=True, optimizer_on="cpu", device="cpu"))
+    gradients = []
+    for times in (1, 3):
+        model.zero_grad()
+        for _ in range(times):
+            icrl.completion_logprobs(model, PROMPTS, [[9], [9, 8], [7], [6], [5]])[0].sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(three.dtype == torch.float32 and three.equal(3 * one) for one, three in zip(*gradients))
+
+
 def test_the_shipped_model_learns():
     """A few steps on problems of one kind: without critique, accuracy on others of the kind rises by 0.3 or more."""
     config = icrl.Config(queries=8, steps=6, lr=1e-3, device="cpu")
@@ -1505,7 +1517,8 @@ def test_a_comparison_trains_each_arm_with_each_seed_once(short_run, monkeypatch
         assert (config_of_run["seed"], config_of_run["method"]) == (int(seed), "grpo")
         assert len(icrl_tokens) == 3 and grpo_tokens[-2] < icrl_tokens[-1] <= grpo_tokens[-1]
     once = capsys.readouterr().out
-    assert [line.split()[1] for line in once.splitlines() if line.startswith("| ")] == ["arm", "icrl", "grpo_tokens"] * 2
+    arms = [line.split()[1] for line in once.splitlines() if line.startswith("| ")]
+    assert arms == ["arm", "icrl", "grpo_tokens"] * 2
     monkeypatch.setattr(icrl, "train", None)                  # what is there is not trained again
     icrl.compare(config, ["icrl", "grpo_tokens"], [0, 1])
     assert once.endswith(capsys.readouterr().out)
@@ -1599,7 +1612,7 @@ def test_without_matplotlib_there_are_still_tables(two_tables, monkeypatch, caps
     assert icrl.main(two_tables) == 2
     printed = capsys.readouterr()
     assert printed.err == "icrl.py: drawing needs matplotlib: pip install matplotlib\n"
-    assert "| frozen | 1.00 +- 0.00 |" in printed.out and "| an arm of my own | 0.60 +- nan |" in printed.out
+    assert "| frozen | 1.00 +- 0.00 |" in printed.out and "| an arm of my own | 0.60 |" in printed.out
 
 
 @pytest.mark.parametrize("differences, p", [([1, 1, 1], 2 / 8), ([1] * 8, 2 / 256), ([-3, 1], 1), ([5, -1, 3], 1 / 2),
@@ -1628,7 +1641,7 @@ def test_the_qwen3_preset_is_the_papers_and_flags_come_last():
 
 def check_refusal(argv, message, folder, capsys):
     """Exit code 2, one sentence with `message` in it, and no run folder. TMP stands for `folder`."""
-    if "--out" not in argv and "--resume" not in argv:
+    if not {"--out", "--resume", "plot"} & {*argv.split()}:
         argv = f"{argv} --out TMP/new"
     try:
         code = icrl.main(argv.replace("TMP", str(folder)).split())
@@ -1670,13 +1683,19 @@ def odds_and_ends(tmp_path_factory):
       for f in dataclasses.fields(icrl.Config) if f.metadata["low"] is not None),
     *((f"--method grpo {flag}", f"leave out {flag.split()[0]}") for flag in (
         "--critic frozen", "--weight one", "--groups pooled", "--w_max 3", "--rounds 3")),
+    ("--critic retry --weight one", "--critic retry has no critiques; leave out --weight"),
+    ("--critic retry --w_max 3", "leave out --w_max"), ("--weight shaped --w_max 3", "--weight shaped has no cap"),
+    ("--weight one --w_max 3", "--weight one has no cap; leave out --w_max"),
     ("--rounds 1", "--rounds 1 leaves no room for a critique"),
     ("--method grpo --samples 1", "--samples 1"), ("--groups role_round --samples 1", "--samples 1"),
     ("--device abacus", "--device abacus: "), ("--device cuda:99", "--device cuda:99: "),
     # files and folders
-    ("--data TMP/nothing.jsonl", "cannot read TMP/nothing.jsonl"), ("--data TMP", "cannot read TMP"),
-    ("--heldout TMP/nothing.jsonl", "cannot read TMP/nothing.jsonl"),
-    (f"--data {DATA}/heldout.jsonl", "240 held-out problems are training problems too, such as"),
+    *((f"{flag} TMP/other.jsonl", "give both --data and --heldout") for flag in (
+        "--data", "--heldout", "compare --data", "--preset hints --heldout")),
+    ("--data TMP/nothing.jsonl --heldout TMP/few.csv", "cannot read TMP/nothing.jsonl"),
+    (f"--data TMP --heldout {DATA}/heldout.jsonl", "cannot read TMP"),
+    (f"--data {DATA}/train.jsonl --heldout TMP/nothing.jsonl", "cannot read TMP/nothing.jsonl"),
+    (f"--data {DATA}/heldout.jsonl --heldout {DATA}/heldout.jsonl", "240 held-out problems are training problems too"),
     ("--examples TMP/nothing.jsonl", "cannot read TMP/nothing.jsonl"),
     (f"--examples {DATA}/heldout.jsonl", "has no text under 'solution'"),
     ("--model TMP/nothing", "cannot use the model 'TMP/nothing'"), ("--model TMP", "cannot use the model 'TMP'"),
@@ -1705,7 +1724,8 @@ def odds_and_ends(tmp_path_factory):
     ("eval --model TMP/nothing", "cannot use the model 'TMP/nothing'"), ("eval --k 0", "--eval_samples must be at"),
     ("eval --critic TMP/nothing", "cannot use the model 'TMP/nothing'"),
     ("eval --max_response 500", "needs a context of "), (f"eval --critic {DATA}/model --max_critique 500", "needs a c"),
-    ("eval --out TMP/done", "TMP/done/responses.jsonl"), ("eval --weight sideways", "invalid choice: 'sideways'"),
+    ("eval --out TMP/done", "TMP/done/responses.jsonl"), ("eval --weight one", "unrecognized arguments: --weight"),
+    ("eval --critic placebo", "--critic cannot be 'placebo'"), ("plot TMP/few.csv --lr 1", "unrecognized arguments"),
     ("eval --resume TMP/old", "unrecognized arguments: --resume"),
 ])
 def test_what_the_user_can_mend_is_one_sentence_and_exit_code_2(argv, message, odds_and_ends, capsys):
@@ -1737,7 +1757,7 @@ def test_what_the_user_can_mend_is_one_sentence_and_exit_code_2(argv, message, o
         ])])])
 def test_a_line_that_cannot_be_used_is_named(content, message, tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_bytes(content)
-    check_refusal("--data TMP/bad.jsonl --steps 1", message, tmp_path, capsys)
+    check_refusal(f"--data TMP/bad.jsonl --heldout {DATA}/heldout.jsonl", message, tmp_path, capsys)
 
 
 def put(**settings):
