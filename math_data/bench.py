@@ -30,12 +30,12 @@ os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_P
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-# shape: of a random model, or "pretrained" (--model), or "embedded". fixed: completions have exactly `new` tokens; if not,
-# each token of a random model ends them with a chance of 1%. trl_micro and micro_tokens: completions per forward pass
-# there, tokens per forward pass here.
+# shape: of a random model, or "pretrained" (--model), or "embedded". fixed: completions have exactly `new` tokens; if
+# not, each token of a random model ends them with a chance of 1%. trl_micro and micro_tokens: completions per forward
+# pass there, tokens per forward pass here.
 SMALL = dict(hidden=128, layers=4, vocabulary=298)
 STEP = dict(shape=SMALL, prompts=8, samples=8, new=64, fixed=True, bf16=False, trl_micro=64, micro_tokens=1024, steps=5,
-            warm=1, method="grpo", trl_checkpointing=False)
+            warm=1, method="grpo", checkpointing=False, trl_checkpointing=False)
 PRETRAINED = dict(STEP, shape="pretrained", prompts=4, samples=4, trl_micro=4, micro_tokens=440, steps=1)
 AGAINST_TRL = {
     "start": STEP,
@@ -45,6 +45,9 @@ AGAINST_TRL = {
     "pretrained": PRETRAINED,
     # TRL at its defaults
     "pretrained, bf16": dict(PRETRAINED, bf16=True, trl_checkpointing=True, trl_micro=8, micro_tokens=880),
+    # as little memory as either can do with: one completion at a time
+    "pretrained, least memory": dict(
+        PRETRAINED, checkpointing=True, trl_checkpointing=True, trl_micro=1, micro_tokens=1),
 }
 SMOLLM2 = dict(hidden=576, layers=30, vocabulary=49152)
 EMBEDDED = dict(STEP, shape="embedded", prompts=16, new=48, fixed=False)
@@ -57,8 +60,8 @@ SCALING = {
     "embedded, grpo": EMBEDDED, "embedded, icrl": dict(EMBEDDED, method="icrl"),
 }
 
-
 REWARD = random.Random(0).random                              # so that no group is flat
+OUTPUT = tempfile.TemporaryDirectory()                        # TRL's trainer wants a folder
 
 
 def problems(number):
@@ -95,7 +98,7 @@ def icrl_step(work, folder):
     import torch
     config = icrl.Config(
         method=work["method"], samples=work["samples"], max_response=work["new"], max_critique=work["new"], lr=1e-5,
-        bf16=work["bf16"], micro_tokens=work["micro_tokens"], device="cpu")
+        bf16=work["bf16"], micro_tokens=work["micro_tokens"], checkpointing=work["checkpointing"], device="cpu")
     model, tokenizer = icrl.load_model(folder, config)
     asked, score, trained = problems(work["prompts"] * (work["steps"] + work["warm"])), icrl.completion_logprobs, []
     if work["shape"] == "embedded":
@@ -132,13 +135,14 @@ def trl_step(work, folder):
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     args = trl.GRPOConfig(
-        tempfile.mkdtemp(), use_cpu=True, bf16=work["bf16"], gradient_checkpointing=work["trl_checkpointing"],
+        OUTPUT.name, use_cpu=True, bf16=work["bf16"], gradient_checkpointing=work["trl_checkpointing"],
         per_device_train_batch_size=work["trl_micro"], num_generations=work["samples"], learning_rate=1e-5, beta=0.0,
         gradient_accumulation_steps=work["prompts"] * work["samples"] // work["trl_micro"], top_k=0, loss_type="grpo",
         max_completion_length=work["new"], max_steps=work["steps"] + work["warm"], lr_scheduler_type="constant", seed=0,
         report_to="none", save_strategy="no", disable_tqdm=True, shuffle_dataset=False,
         generation_kwargs={"suppress_tokens": suppressed(work, tokenizer)})
-    asked = [{"prompt": icrl.solver_messages(p["problem"])} for p in problems(work["prompts"] * (work["steps"] + work["warm"]))]
+    asked = [{"prompt": icrl.solver_messages(problem["problem"])}
+             for problem in problems(work["prompts"] * (work["steps"] + work["warm"]))]
     trainer = trl.GRPOTrainer(
         model, lambda completions, **_: [REWARD() for _ in completions], args,
         datasets.Dataset.from_list(asked), processing_class=tokenizer)
@@ -175,7 +179,7 @@ def one_start(work, side, folder):
         import trl
         from transformers import AutoModelForCausalLM, AutoTokenizer
         tokenizer, model = (kind.from_pretrained(folder) for kind in (AutoTokenizer, AutoModelForCausalLM))
-        args = trl.GRPOConfig(tempfile.mkdtemp(), use_cpu=True, bf16=False, report_to="none", max_completion_length=1)
+        args = trl.GRPOConfig(OUTPUT.name, use_cpu=True, bf16=False, report_to="none", max_completion_length=1)
         trainer = trl.GRPOTrainer(model, lambda **_: 0, args, datasets.Dataset.from_list([{"prompt": ""}]),
                                   processing_class=tokenizer)
         trainer._generate_single_turn([tokenizer(prompt)["input_ids"]] * 8, None, {}, 8)
@@ -183,7 +187,7 @@ def one_start(work, side, folder):
 
 
 def one_update(work, side, folder):
-    """CPU seconds of an update of ragged completions, half of the groups flat; the other side pads all to the longest."""
+    """CPU seconds of an update of ragged completions, half of the groups flat; "padded" pads all to the longest."""
     import icrl
     import torch
     draw, config = random.Random(0), icrl.Config(method="grpo", lr=1e-5, device="cpu")

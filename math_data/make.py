@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: MIT
 """Make everything in this folder: problems, tokenizers and base models of the two worlds.
 
-    python math_data/make.py [FOLDER]   # half an hour on one CPU core for both; the same files every time on one machine
+    python math_data/make.py [FOLDER]   # half an hour on one CPU core; the same files every time on one machine
 
 A world is integer arithmetic of several kinds. The base model holds a misconception about each kind: it works left to
 right, drops brackets, doubles instead of squaring, and so on. It also knows the right method, but unaided it seldom
