@@ -72,7 +72,7 @@ class Config:
     """Every setting of a run; each field is a command-line flag of the same name."""
     preset: str = flag("tiny", "settings to start from; other flags override them", ("tiny", "hints", "qwen3"))
     model: str = flag(str(HERE / "math_data" / "model"), "Hugging Face model, a name or a folder")
-    data: str = flag(str(HERE / "math_data" / "train.jsonl"), "training problems (JSONL)")
+    data: str = flag(str(HERE / "math_data" / "train.jsonl"), "problems (JSONL) to train on; of eval: to measure")
     heldout: str = flag(str(HERE / "math_data" / "heldout.jsonl"), "evaluation problems (JSONL)")
     examples: str = flag("", "problems with a worked `solution` (JSONL), shown to the solver as earlier turns of the "
                          "chat; for a model that does not keep to the form of an answer by itself")
@@ -81,14 +81,14 @@ class Config:
     device: str = flag("auto", "cpu, cuda, ...; auto: the GPU if there is one", resumes=True)
 
     method: str = flag("icrl", "grpo is the same without a critic, K = 1", ("icrl", "grpo"))
-    critic: str = flag("trained", "the model; frozen: the model as it was; placebo: nobody, it says 'Try again.'; "
-                       "retry: nobody, just a second try; shuffled: the model, its critique of another problem; "
-                       "eval takes the name of any model",
+    critic: str = flag("trained", "who criticises: the model itself; frozen: the model before training; placebo: "
+                       "nobody, each critique is 'Try again.'; retry: nobody, just a second try; shuffled: the model, "
+                       "but each session gets the critique of another problem; of eval: any model, by its name",
                        ("trained", "frozen", "placebo", "retry", "shuffled"))
-    weight: str = flag("token", "of a revision's tokens: w_t of Eq. 4; 1; sequence: one ratio for all; shaped: "
-                       "Critique-GRPO's p / (p + 0.1)", ("token", "one", "sequence", "shaped"))
-    groups: str = flag("role", "rewards are compared within problem and role (Eq. 5); also round; only problem",
-                       ("role", "role_round", "pooled"))
+    weight: str = flag("token", "of a revision's tokens: w_t of Eq. 4; one: 1; sequence: one ratio for all of them; "
+                       "shaped: Critique-GRPO's p / (p + 0.1)", ("token", "one", "sequence", "shaped"))
+    groups: str = flag("role", "whose rewards are compared: same problem and role (Eq. 5); role_round: and round; "
+                       "pooled: same problem", ("role", "role_round", "pooled"))
 
     queries: int = flag(16, "problems per step", low=1)
     samples: int = flag(8, "sessions per problem (G)", low=1)
@@ -103,7 +103,7 @@ class Config:
     inner_steps: int = flag(1, "optimiser steps per rollout; from the second on, rho is not 1", low=1)
     lr: float = flag(3e-4, "learning rate, constant", low=0.0)
     weight_decay: float = flag(0.0, "of AdamW", low=0.0)
-    grad_clip: float = flag(1.0, "largest gradient norm", low=0.0)
+    grad_clip: float = flag(1.0, "largest gradient norm; inf: any", low=1e-6)
     clip_low: float = flag(0.2, "with A < 0, rho below 1 - clip_low has no gradient", low=0.0)
     clip_high: float = flag(0.2, "with A > 0, rho above 1 + clip_high has no gradient", low=0.0)
     w_max: float = flag(2.0, "cap of the calibration ratio w", low=0.0)
@@ -123,9 +123,9 @@ class Config:
 
 
 PRESETS = {
-    "tiny": {},                                                                         # what stands above
-    "hints": {name: str(HERE / "math_data" / "hints" / file) for name, file in (        # critiques that teach nothing
-        ("model", "model"), ("data", "train.jsonl"), ("heldout", "heldout.jsonl"))},
+    "tiny": {},                                               # the defaults of Config
+    "hints": dict(model=f"{HERE}/math_data/hints/model", data=f"{HERE}/math_data/hints/train.jsonl",
+                  heldout=f"{HERE}/math_data/hints/heldout.jsonl"),              # a world whose critiques teach nothing
     "qwen3": dict(model="Qwen/Qwen3-4B-Instruct-2507", lr=1e-6, weight_decay=0.1, clip_high=0.28, steps=300,
                   max_response=2048, max_critique=1024, bf16=True, checkpointing=True, sample_batch=32,
                   micro_tokens=8192, optimizer_on="cpu", eval_every=10, show_every=1, save_every=50),
@@ -162,8 +162,8 @@ def critic_messages(problem, attempt):
 
 
 def extract_critique(text):
-    """The critique in what the critic wrote: no thoughts; between its last tags, or all where tags are missing."""
-    text = text.rpartition("</think>")[2].partition("<think>")[0]          # nor a thought that was cut off
+    """The critique in what the critic wrote: the text in the last <critique> tags, or all of it without tags."""
+    text = text.rpartition("</think>")[2].partition("<think>")[0]            # no thoughts, nor one that was cut off
     return text.rpartition("<critique>")[2].partition("</critique>")[0].strip()
 
 
@@ -188,6 +188,11 @@ def encode_chat(tokenizer, messages, thinking=False):
 
 # --------------------------------------------------------------------------------------------------------- sampling
 
+def autocast(model, config):
+    """Compute in bfloat16 where --bf16 asks for it."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=config.bf16)
+
+
 def stop_tokens(model, tokenizer):
     """The ids that end a completion: the tokenizer's EOS and any that the checkpoint's generation config adds."""
     ids = model.generation_config.eos_token_id
@@ -202,8 +207,8 @@ def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, chunk=16)
     prompts: list of token-id lists. Returns (completions, truncated): token-id lists up to and including the first
     stop token, and a bool each for having reached `max_new_tokens` without one.
 
-    The batch is one, and three things keep it cheap: equal prompts are read once and their cache is repeated;
-    `generate` is called for `chunk` tokens at a time on a continued cache; rows that have ended leave in between.
+    All prompts are one batch. Three things keep it cheap: equal prompts are read once and their cache is copied;
+    `generate` makes `chunk` tokens a call and goes on from the cache; rows that have ended are dropped between calls.
     """
     stops = stop_tokens(model, tokenizer)
     # Which id pads does not matter: the prompts are masked, and a completion is cut at its first stop.
@@ -223,8 +228,8 @@ def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, chunk=16)
         if width > 1:                               # all but the last token, with which `generate` begins
             model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache, use_cache=True,
                   position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, :-1], logits_to_keep=1)
-        place = {prompt: row for row, prompt in enumerate(unique)}
-        rows = torch.tensor([place[tuple(p)] for p in prompts], device=model.device)
+        row_of = {prompt: row for row, prompt in enumerate(unique)}
+        rows = torch.tensor([row_of[tuple(p)] for p in prompts], device=model.device)
         live, completions = list(range(len(prompts))), [[]] * len(prompts)
         while live:
             cache.batch_select_indices(rows)
@@ -250,7 +255,7 @@ def completion_logprobs(model, prompts, completions, temperature=1.0):
 
     prompts, completions: B lists of token ids, none empty; the ids as they were sampled, never re-tokenised. Returns
     (logp, mask), both (B, T) float32 with T the longest completion, 0 on the padding; differentiable. Leaves the model
-    in the mode in which it scores.
+    in eval mode, or in training mode under gradient checkpointing; its dropout must be 0 then (see load_model).
 
     No attention mask is needed: padding stands on the right, where causal attention does not look. So any id pads.
     """
@@ -258,16 +263,16 @@ def completion_logprobs(model, prompts, completions, temperature=1.0):
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)                # (B, L)
     first = torch.tensor([[len(prompt)] for prompt in prompts], device=ids.device)                # (B, 1)
     length = torch.tensor([[len(completion)] for completion in completions], device=ids.device)
-    place = torch.arange(ids.shape[1], device=ids.device)
-    predicts = (place >= first - 1) & (place < first - 1 + length)     # (B, L): the logits at t - 1 predict token t
-    mask = place[:int(length.max())] < length                          # (B, T)
+    position = torch.arange(ids.shape[1], device=ids.device)
+    predicts = (position >= first - 1) & (position < first - 1 + length)     # (B, L): logits at t - 1 predict token t
+    mask = position[:int(length.max())] < length                             # (B, T)
 
     # The head turns a position into as many numbers as there are words (151,936 for Qwen3): the memory peak of the
     # update. This hook lets it see only the positions that predict a completion token, (B, L, H) -> (N, H), in any
     # architecture and before whatever that does to its logits.
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0][predicts],))
-    # Dropout would make rho differ from 1 before the first step, so this is eval mode, except that Hugging Face
-    # recomputes activations only in training mode (load_model sets dropout to 0).
+    # With dropout rho would not be 1 before the first step, hence eval mode. But Hugging Face recomputes activations in
+    # training mode only.
     model.train(any(getattr(module, "gradient_checkpointing", False) for module in model.modules()))
     try:
         logits = model(input_ids=ids, use_cache=False).logits.float() / temperature        # (N, vocabulary)
@@ -296,10 +301,12 @@ class Turn:
 
     @property
     def guided(self):
+        """Whether it was sampled under a critique."""
         return self.prompt != self.free_prompt
 
     @property
     def part(self):
+        """What it is in its session."""
         return "critique" if self.role == "critic" else "first" if self.round == 1 else "revision"
 
 
@@ -311,20 +318,22 @@ def outcome_reward(text, answer, truncated):
 FIXED_CRITIQUE = {"placebo": "Try again.", "retry": ""}
 
 
-def rollout(model, tokenizer, problems, config, critic=None, samples=None, gated=True, first=None):
-    """Algorithm 1: `samples` (G) independent sessions of at most K rounds on each problem.
+def rollout(model, tokenizer, problems, config, critic=None, gated=True, first=None):
+    """Algorithm 1: config.samples (G) independent sessions of at most K rounds on each problem.
 
-    critic: (model, tokenizer) of another critic than `model` itself. For evaluation, gated=False has right attempts
-    criticised as well, and `first` are first attempts to go on from, of an earlier rollout, instead of new ones.
-    Returns Turns with their rewards; a critique's is that of Eq. 3.
+    problems: dicts with `problem` and `answer`. critic: (model, tokenizer), by default the solver's own. For
+    evaluation, gated=False has right attempts criticised too, and `first` are Turns of an earlier rollout, taken as
+    first attempts in place of new ones. Returns Turns with their rewards; a critique's is that of Eq. 3.
     """
-    samples, rounds = samples or config.samples, 1 if config.method == "grpo" else config.rounds
+    samples, rounds = config.samples, 1 if config.method == "grpo" else config.rounds
     solver, critic, examples = (model, tokenizer), critic or (model, tokenizer), load_examples(config)
 
     def encode(messages, tokenizer=tokenizer):
         return encode_chat(tokenizer, messages, config.thinking)
 
-    def generate(who, role, round, sessions, prompts, free_prompts, limit):
+    def generate(role, round, sessions, prompts):
+        who, limit = (solver, config.max_response) if role == "solver" else (critic, config.max_critique)
+        free_prompts = [free[session // samples] for session in sessions] if role == "solver" else prompts
         completions, truncated = [], []
         for i in range(0, len(prompts), config.sample_batch):
             # Faster than no_grad; but in inference mode autocast would cast every weight again for every token.
@@ -332,17 +341,18 @@ def rollout(model, tokenizer, problems, config, critic=None, samples=None, gated
                 more = sample(*who, prompts[i:i + config.sample_batch], limit, config.temperature)
             completions, truncated = completions + more[0], truncated + more[1]
         texts = who[1].batch_decode(completions, skip_special_tokens=True)
+        if who[1].decode(prompts[0][-8:]).rstrip().endswith("<think>"):     # the template has begun the thoughts
+            texts = [f"<think>{text}" for text in texts]
         return [Turn(session // samples, session, round, role, *rest)
                 for session, *rest in zip(sessions, prompts, free_prompts, completions, texts, truncated)]
 
     free = [encode(solver_messages(problem["problem"], None, examples)) for problem in problems]
     turns, reward, critique, tips = [], {}, {}, {}           # the last three: the latest of each session
-    live = [turn.session for turn in first] if first else list(range(len(problems) * samples))
+    live = list(range(len(problems) * samples)) if first is None else [turn.session for turn in first]
     for round in range(1, rounds + 1):
         prompts = [encode(solver_messages(problems[s // samples]["problem"], tips[s], examples)) if tips.get(s)
                    else free[s // samples] for s in live]
-        attempts = first if first and round == 1 else generate(
-            solver, "solver", round, live, prompts, [free[s // samples] for s in live], config.max_response)
+        attempts = first if round == 1 and first is not None else generate("solver", round, live, prompts)
         for turn in attempts:
             turn.reward = outcome_reward(turn.text, problems[turn.query]["answer"], turn.truncated)
             if turn.session in critique:
@@ -357,7 +367,7 @@ def rollout(model, tokenizer, problems, config, critic=None, samples=None, gated
             tips = dict.fromkeys(live, FIXED_CRITIQUE[config.critic])
             continue
         prompts = [encode(critic_messages(problems[turn.query]["problem"], turn.text), critic[1]) for turn in attempts]
-        critiques = generate(critic, "critic", round, live, prompts, prompts, config.max_critique)
+        critiques = generate("critic", round, live, prompts)
         turns += critiques
         critique = {turn.session: turn for turn in critiques}
         source = critique
@@ -397,27 +407,14 @@ def role_advantages(rewards, groups, delta=1e-6):
 def calibration_ratio(logp_free, logp_guided, w_max=2.0):
     """Eq. 4: w_t = pi(y_t | q, y_<t) / pi(y_t | q, c, y_<t), at most w_max, a constant for the gradient.
 
-    logp_free, logp_guided: (B, T) float32, of revisions, both under the weights that sampled. Returns (B, T). Whatever
-    was sampled without critique has weight 1.
+    logp_free, logp_guided: (B, T) float32 log-probs of the same revisions, both under the weights that sampled. Returns
+    (B, T). For revisions only: the caller gives first attempts and critiques weight 1.
     """
     return (logp_free - logp_guided).detach().exp().clamp(max=w_max)
 
 
-def icrl_objective(logp, logp_old, advantages, weights, mask, clip_low=0.2, clip_high=0.2):
-    """Eq. 6, to be maximised: w_t min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A), rho_t = pi / pi_old.
-
-    logp, logp_old: (B, T) float32, both under the critique-free prompt, now and at the rollout; weights, mask: (B, T);
-    advantages: (B,). Returns the mean over each sample's tokens, then over the B samples. The weight multiplies the
-    min. Clipping w_t rho_t in place of rho_t would clip by w too, and min(w x, w_max x) would cap nothing where x < 0.
-    """
-    rho = (logp - logp_old.detach()).exp()
-    A = advantages[:, None]
-    J = weights.detach() * torch.min(rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A)
-    return ((J * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
-
-
 def sequence_ratio(logp_free, logp_guided, w_max=2.0):
-    """In place of Eq. 4: one ratio for the revision, the product over its tokens. Unbiased only without a cap."""
+    """In place of Eq. 4: one ratio for the revision, the product over its tokens (padding: 0). Biased by its cap."""
     logp_free, logp_guided = (logp.sum(1, keepdim=True).expand_as(logp) for logp in (logp_free, logp_guided))
     return calibration_ratio(logp_free, logp_guided, w_max)
 
@@ -436,11 +433,21 @@ def no_weight(logp_free, logp_guided, w_max=2.0):
 WEIGHTS = {"token": calibration_ratio, "one": no_weight, "sequence": sequence_ratio, "shaped": shaped_weight}
 
 
+def icrl_objective(logp, logp_old, advantages, weights, mask, clip_low=0.2, clip_high=0.2):
+    """Eq. 6, to be maximised: w_t min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A), rho_t = pi / pi_old.
+
+    logp, logp_old: (B, T) float32, both under the critique-free prompt, now and at the rollout; weights, mask: (B, T);
+    advantages: (B,). Returns the mean over each sample's tokens, then over the B samples. The weight stays outside the
+    min: clipping w_t rho_t would let w decide what is clipped, and a cap inside, min(w x, w_max x), would take the
+    larger weight where x < 0.
+    """
+    rho = (logp - logp_old.detach()).exp()
+    A = advantages[:, None]
+    J = weights.detach() * torch.min(rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A)
+    return ((J * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+
+
 # ------------------------------------------------------------------------------------------------------- the update
-
-def autocast(model, config):
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=config.bf16)
-
 
 def group_key(turn, groups):
     """Whom a turn's reward is compared with."""
@@ -459,6 +466,24 @@ def micro_batches(lengths, budget):
     return batches
 
 
+def place(model, config):
+    """The model on its device, its weights in bfloat16 if their float32 is kept elsewhere (see make_optimizer)."""
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.bf16 and config.optimizer_on == "cpu":          # not the buffers: RoPE's frequencies need all their bits
+        for weight in model.parameters():
+            weight.data = weight.data.to(torch.bfloat16)
+            weight.grad_dtype = torch.float32                 # micro-batches are added up in it (torch 2.10 or later)
+    try:
+        model = model.to(auto if config.device == "auto" else config.device)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {config.device}: {str(error).splitlines()[0]}") from error
+    if config.bf16 and model.device.type == "cpu":            # where torch's fused attention is slow in bfloat16
+        model.set_attn_implementation("eager")
+    return model
+
+
 def make_optimizer(model, config):
     """AdamW over the weights of `model`, or over float32 copies of them in the memory of the host.
 
@@ -471,11 +496,14 @@ def make_optimizer(model, config):
     place(model, config)
     # The betas are the authors', not AdamW's default.
     return torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay,
-                             fused=weights[0].is_cuda or None)            # there, the default needs 4 bytes more
+                             fused=weights[0].is_cuda or None)       # unfused takes 4 bytes a parameter more there
 
 
 def optimizer_step(model, optimizer, grad_clip):
-    """Clip the gradients, step, and drop them. Returns their norm before; if it is not finite there is no step."""
+    """Clip the gradients, step, and drop them. Returns their norm before clipping; without a finite one, no step.
+
+    optimizer: of make_optimizer, with one group, of the model's weights or of copies of them in the same order.
+    """
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
     if math.isfinite(norm):
         copies = [(weight, copy) for weight, copy in zip(model.parameters(), optimizer.param_groups[0]["params"])
@@ -492,7 +520,7 @@ def optimizer_step(model, optimizer, grad_clip):
 
 
 def update(model, optimizer, turns, config):
-    """The optimiser step(s) of one rollout, on Eq. 6. Returns what there is to log."""
+    """The optimiser step(s) of one rollout, on Eq. 6. Returns a dict to log; the README says what each figure is."""
     turns = [t for t in turns if t.role == "solver" or config.critic == "trained"]
     groups = [group_key(t, config.groups) for t in turns]
     advantages = role_advantages([t.reward for t in turns], groups)
@@ -507,10 +535,10 @@ def update(model, optimizer, turns, config):
         with autocast(model, config):
             return completion_logprobs(model, prompts, [turns[i].completion for i in indices], config.temperature)
 
-    # (Of a revision's two prompts, `prompt` is the longer one.)
+    # By the length under `prompt`, which for a revision is the longer of its two.
     batches = [[active[i] for i in batch] for batch in
                micro_batches([len(turns[i].prompt) + len(turns[i].completion) for i in active], config.micro_tokens)]
-    rollout_terms, ratios = [], []                            # of each micro-batch, under the weights that sampled
+    rollout_terms, ratios = [], []                            # of each micro-batch: (pi_old, w); w where guided
     for inner in range(config.inner_steps if active else 0):
         stats["objective"] = 0.0
         for number, batch in enumerate(batches):
@@ -530,8 +558,8 @@ def update(model, optimizer, turns, config):
                 rollout_terms.append((old, weights))
             old, weights = rollout_terms[number]
             A = advantages[batch].to(logp.device)
-            # Every sample's mean is its own, so with the share of all samples as factor the gradients of the
-            # micro-batches add up to exactly that of the whole batch.
+            # icrl_objective divides by the samples of the micro-batch; with this factor it is by all samples, and the
+            # gradients of the micro-batches add up to exactly that of the whole batch.
             share = len(batch) / len(turns)
             J = share * icrl_objective(logp, old, A, weights, mask, config.clip_low, config.clip_high)
             (-J).backward()
@@ -577,27 +605,9 @@ def load_model(name, config):
     return model, tokenizer
 
 
-def place(model, config):
-    """The model on its device, its weights in bfloat16 if their float32 is kept elsewhere (see make_optimizer)."""
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    if config.bf16 and config.optimizer_on == "cpu":          # not the buffers: RoPE's frequencies need all their bits
-        for weight in model.parameters():
-            weight.data = weight.data.to(torch.bfloat16)
-            weight.grad_dtype = torch.float32                 # micro-batches are added up in it (torch 2.10 or later)
-    try:
-        model = model.to(auto if config.device == "auto" else config.device)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {config.device}: {str(error).splitlines()[0]}") from error
-    if config.bf16 and model.device.type == "cpu":            # where torch's fused attention is slow in bfloat16
-        model.set_attn_implementation("eager")
-    return model
-
-
 def check_context(model, tokenizer, problems, config):
     """Refuse problems that are too long for the model, before any is sampled."""
-    longest = max(problems, key=lambda p: len(p["problem"]))["problem"]
+    longest = max(problems, key=lambda p: len(tokenizer(p["problem"])["input_ids"]))["problem"]
     prompts = critic_messages(longest, ""), solver_messages(longest, None, load_examples(config))
     needed = max(len(encode_chat(tokenizer, p)) for p in prompts) + config.max_response + config.max_critique
     if needed > getattr(model.config, "max_position_embeddings", needed):
@@ -610,6 +620,12 @@ def problems_of_step(problems, step, config):
     places = [divmod(i, len(problems)) for i in range((step - 1) * config.queries, step * config.queries)]
     order = {epoch: np.random.default_rng([config.seed, epoch]).permutation(len(problems)) for epoch, _ in places}
     return [problems[order[epoch][i]] for epoch, i in places]
+
+
+def mean(values):
+    """The mean, or None where there is nothing to average: a 0 would read like a result."""
+    values = list(values)
+    return sum(values) / len(values) if values else None
 
 
 def rollout_stats(turns):
@@ -633,7 +649,7 @@ def show_session(turns, problems):
 
 
 def write_json(path, value):
-    """Beside it first: a file that is there is whole."""
+    """Write under another name, then rename: a process killed meanwhile leaves no half of a file at `path`."""
     path.with_suffix(".new").write_text(json.dumps(value, indent=1))
     path.with_suffix(".new").replace(path)
 
@@ -647,7 +663,7 @@ def checkpoints(run):
 def save(run, model, tokenizer, optimizer, state):
     """Write a checkpoint beside the last one, rename it into place, and only then remove the last one."""
     older, new = checkpoints(run), run / "unfinished"
-    # By address, since a tied weight has two names in the state, and the optimiser knows neither.
+    # Matched by memory address: the optimiser knows no names, and a tied weight has two in the state.
     float32 = {weight.data_ptr(): copy.detach()
                for weight, copy in zip(model.parameters(), optimizer.param_groups[0]["params"])}
     try:
@@ -658,7 +674,7 @@ def save(run, model, tokenizer, optimizer, state):
         torch.save(optimizer.state_dict(), new / "optimizer.pt")
         write_json(new / "state.json", state)
         new.rename(run / f"checkpoint-{state['step']}")
-    except (OSError, RuntimeError, SafetensorError) as error:         # the latter two are what a full disk makes
+    except (OSError, RuntimeError, SafetensorError) as error:         # torch and safetensors raise these on a full disk
         raise OSError(f"cannot save a checkpoint (is the disk full?): {error}") from error
     for path in older:
         shutil.rmtree(path)
@@ -692,17 +708,19 @@ def start(config, resume):
     problems, heldout = load_problems(config.data), load_problems(config.heldout)
     if common := {p["problem"] for p in problems} & {p["problem"] for p in heldout}:
         raise UsageError(f"{len(common)} held-out problems are training problems too, such as {min(common)!r}")
-    if not resume and run.is_dir() and any(run.iterdir()):
+    if not resume and run.is_dir() and {path.name for path in run.iterdir()} - {"config.new"}:
         raise UsageError(f"{run} is not empty: continue the run in it with --resume {run}, or choose another --out")
     model, tokenizer = load_model(str(saved[-1]) if saved else config.model, config)
     check_context(model, tokenizer, problems + heldout, config)
     optimizer = make_optimizer(model, config)
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / "config.json", dataclasses.asdict(config))
+    (run / "result.json").unlink(missing_ok=True)             # of fewer steps
+    state = {"step": 0, "tokens": 0, "skipped_in_a_row": 0, "evaluated": 0, "seconds": 0.0, "bytes": (0, 0)}
     if saved:
         optimizer.load_state_dict(torch.load(saved[-1] / "optimizer.pt", map_location="cpu", weights_only=True))
-        return model, tokenizer, optimizer, problems, heldout, json.loads((saved[-1] / "state.json").read_text())
-    return model, tokenizer, optimizer, problems, heldout, {"step": 0, "tokens": 0, "skipped_in_a_row": 0}
+        state = json.loads((saved[-1] / "state.json").read_text())
+    return model, tokenizer, optimizer, problems, heldout, state
 
 
 def train(config, resume=False):
@@ -710,16 +728,17 @@ def train(config, resume=False):
 
     Ctrl-C has the step finished and saved before it raises KeyboardInterrupt; a second one raises at once.
     """
-    begun, run = time.time(), Path(config.out)
+    began, run = time.time(), Path(config.out)
     model, tokenizer, optimizer, problems, heldout, state = start(config, resume)
+    began -= state["seconds"]
     base = (place(load_model(config.model, config)[0], config), tokenizer) if config.critic == "frozen" else None
     if state["step"] == 0:
         state["before"] = state["after"] = evaluate(model, tokenizer, heldout, config, base)
         state["before_train"] = critique_free(model, tokenizer, problems, config)
     with (open(run / "metrics.jsonl", "a", buffering=1) as metrics, open(run / "sessions.jsonl", "a") as sessions,
           catch_interrupt() as stop):
-        for file in (metrics, sessions):                      # a resumed run forgets what came after its checkpoint
-            file.truncate(state.get(Path(file.name).name, 0))
+        for file, size in zip((metrics, sessions), state["bytes"]):
+            file.truncate(size)                               # a resumed run forgets what came after its checkpoint
 
         end = state["step"] if 0 < config.token_limit <= state["tokens"] else config.steps
         bar = tqdm(range(state["step"] + 1, end + 1), initial=state["step"], total=config.steps,
@@ -738,11 +757,12 @@ def train(config, resume=False):
             last = step == config.steps or 0 < config.token_limit <= tokens
             if last or config.eval_every and step % config.eval_every == 0:
                 state["after"] = row["heldout"] = evaluate(model, tokenizer, heldout, config, base)
+                state["evaluated"] = step
             print(json.dumps(row), file=metrics)
             log_sessions(sessions, turns, batch, step=step)
             state |= {"step": step, "tokens": tokens,
                       "skipped_in_a_row": state["skipped_in_a_row"] + 1 if row["skipped"] else 0,
-                      "metrics.jsonl": metrics.tell(), "sessions.jsonl": sessions.tell()}
+                      "seconds": time.time() - began, "bytes": (metrics.tell(), sessions.tell())}
             shown = {"unaided": row["first_reward"], "with critique": row["revision_reward"], "w": row["w_mean"],
                      "held-out": state["after"]["pass@1"]}
             bar.set_postfix_str(", ".join(f"{name} {value:.2f}" for name, value in shown.items() if value is not None))
@@ -753,18 +773,20 @@ def train(config, resume=False):
                     tqdm.write(f"warning, step {step}: every {name} was cut off; raise --max_{limit}")
             if state["skipped_in_a_row"] == 3:
                 raise UsageError("the gradients of three steps in a row are not finite; their sessions are the last in "
-                                 f"{run / 'sessions.jsonl'}; try a lower --lr, or --no-bf16")
+                                 f"{run / 'sessions.jsonl'}; try a lower --lr, or --no-bf16, in a new --out")
             if last or stop or config.save_every and step % config.save_every == 0:
                 save(run, model, tokenizer, optimizer, state)
             if stop:
                 raise KeyboardInterrupt
             if last:
                 break
+    if state["evaluated"] < state["step"]:                    # resumed, with no more --steps than had been taken
+        state["after"] = evaluate(model, tokenizer, heldout, config, base)
     after_train = critique_free(model, tokenizer, problems, config)
-    del optimizer                                             # its state makes room for the base model
+    del optimizer                                             # frees memory for the base model
     base = base or (place(load_model(config.model, config)[0], config), tokenizer)
     swap = critic_swap(base[0], model, tokenizer, heldout, config)
-    result = {**state, "after_train": after_train, "swap": swap, "seconds": time.time() - begun,
+    result = {**state, "after_train": after_train, "swap": swap, "seconds": time.time() - began,
               "model": str(checkpoints(run)[-1])}
     write_json(run / "result.json", result)
     return result
@@ -772,36 +794,10 @@ def train(config, resume=False):
 
 # ------------------------------------------------------------------------------------------------------- evaluation
 
-def mean(values):
-    """The mean, or None where there is nothing to average: a 0 would read like a result."""
-    values = list(values)
-    return sum(values) / len(values) if values else None
-
-
-def of_evaluation(config):
-    """Every method is measured in the same way: one critique of each attempt, by the model itself unless another is
-    given."""
-    return dataclasses.replace(config, method="icrl", critic="trained", rounds=2, samples=config.eval_samples)
-
-
-def evaluate(model, tokenizer, problems, config, critic=None):
-    """What the solver can do without critique, and what one critique does for it: means of `outcomes` by name.
-
-    Every attempt is criticised here, right ones too. critic: as in rollout, so by default the model itself, whatever
-    it was trained with. Consumes no training randomness.
-    """
-    problems = problems[:config.eval_problems]
-    with fixed_draws(model, config.seed):
-        turns = rollout(model, tokenizer, problems, of_evaluation(config), critic, gated=False)
-    return {"greedy": critique_free(model, tokenizer, problems, config, temperature=0.0, eval_samples=1),
-            **{name: mean(value for _, value in pairs) for name, pairs in outcomes(turns, problems).items()}}
-
-
-def critique_free(model, tokenizer, problems, config, **changes):
-    """Mean reward of attempts without critique, under `config` with `changes`."""
-    config = dataclasses.replace(of_evaluation(dataclasses.replace(config, **changes)), rounds=1)
-    with fixed_draws(model, config.seed):
-        return mean(t.reward for t in rollout(model, tokenizer, problems[:config.eval_problems], config))
+def evaluation_config(config, **changes):
+    """`config` for an evaluation, the same for every method: one critique of each attempt; then `changes`."""
+    config = dataclasses.replace(config, method="icrl", critic="trained", rounds=2, samples=config.eval_samples)
+    return dataclasses.replace(config, **changes)
 
 
 @contextlib.contextmanager
@@ -812,18 +808,44 @@ def fixed_draws(model, seed):
         yield
 
 
-def outcomes(turns, problems):
-    """What there is to count in the sessions of one ungated rollout with K = 2: lists of (problem's number, value).
+def evaluate(model, tokenizer, problems, config, critic=None):
+    """What the solver can do without critique, and what one critique does for it: means of `outcomes` by name.
 
-    `after_gated` keeps right attempts, as if an oracle had said that they are, which is how such results are usually
-    reported; `after_ungated` takes what comes out after the critique, for better or worse (the critic's prompt then
-    calls a right attempt failed, as in training).
+    Every attempt is criticised here, right ones too. critic: as in rollout, so by default the model itself, whatever
+    it was trained with. Consumes no training randomness.
+    """
+    problems = problems[:config.eval_problems]
+    with fixed_draws(model, config.seed):
+        turns = rollout(model, tokenizer, problems, evaluation_config(config), critic, gated=False)
+    return {"greedy": critique_free(model, tokenizer, problems, config, temperature=0.0, samples=1),
+            **{name: mean(value for _, value in pairs) for name, pairs in outcomes(turns, problems).items()}}
+
+
+def critique_free(model, tokenizer, problems, config, **changes):
+    """Mean reward of attempts without critique, under `config` with `changes`."""
+    config = evaluation_config(config, rounds=1, **changes)
+    with fixed_draws(model, config.seed):
+        return mean(t.reward for t in rollout(model, tokenizer, problems[:config.eval_problems], config))
+
+
+def states_answer(critique, answer):
+    """Whether the critique gives the answer away: a number or a box in it that the grader accepts."""
+    stated = {extract_answer(critique) or "", *re.findall(r"-?\d[\d.,/]*\d|-?\d", critique)}
+    return any(is_correct(rf"\boxed{{{value}}}", answer) for value in stated)
+
+
+def outcomes(turns, problems):
+    """Figures of one rollout with K = 2 and gated=False: {name: [(problem's number, value), ...]}.
+
+    `after_gated` counts a right first attempt as right whatever its revision says, as if an oracle had stopped the
+    session; such results are usually reported so. `after_ungated` counts the revision. (The critic's prompt calls every
+    attempt failed, right ones too.)
     """
     first, critique, after = ([t for t in turns if t.part == part] for part in ("first", "critique", "revision"))
     reward, revised = (np.array([t.reward for t in part]) for part in (first, after))
     right, fixed, everywhere = reward == 1, revised == 1, np.ones(len(first), bool)
     leaks = np.array([states_answer(extract_critique(t.text), problems[t.query]["answer"]) for t in critique], bool)
-    kinds = np.array([str(problems[t.query].get("kind") or "") for t in first])
+    kinds = np.array(["" if (kind := problems[t.query].get("kind")) is None else str(kind) for t in first])
     best = defaultdict(float)
     for t in first:
         best[t.query] = max(best[t.query], t.reward)
@@ -854,14 +876,14 @@ def critic_swap(base, trained, tokenizer, problems, config):
     Returns, for each critic and each solver that revises, the share of the failures put right and the critique tokens
     spent for each of these: {"trained critic, base solver": {"fixed": 0.8, "tokens_per_fix": 12.0}, ...}.
     """
-    problems, config = problems[:config.eval_problems], of_evaluation(config)
+    problems = problems[:config.eval_problems]
     models, figures = {"base": base, "trained": trained}, {}
     with fixed_draws(base, config.seed):
-        attempts = rollout(base, tokenizer, problems, dataclasses.replace(config, rounds=1))
+        attempts = rollout(base, tokenizer, problems, evaluation_config(config, rounds=1))
         failures = [t for t in attempts if t.reward < 1]
         for critic, solver in itertools.product(models, models):
-            turns = failures and rollout(models[solver], tokenizer, problems, config, (models[critic], tokenizer),
-                                         first=failures)
+            turns = rollout(models[solver], tokenizer, problems, evaluation_config(config), (models[critic], tokenizer),
+                            first=failures)
             fixed = sum(t.reward == 1 for t in turns if t.part == "revision")
             tokens = sum(len(t.completion) for t in turns if t.role == "critic")
             figures[f"{critic} critic, {solver} solver"] = {"fixed": fixed / len(failures) if failures else None,
@@ -869,14 +891,8 @@ def critic_swap(base, trained, tokenizer, problems, config):
     return figures
 
 
-def states_answer(critique, answer):
-    """Whether the critique gives the answer away: a number or a box in it that the grader accepts."""
-    stated = {extract_answer(critique) or "", *re.findall(r"-?\d[\d.,/]*\d|-?\d", critique)}
-    return any(is_correct(rf"\boxed{{{value}}}", answer) for value in stated)
-
-
 def clustered(pairs):
-    """Mean of (problem, value) pairs with half its 95% interval, in which problems are drawn and not samples."""
+    """Mean of (problem, value) pairs, and half its 95% interval over problems: those of a problem are one cluster."""
     sums = defaultdict(lambda: np.zeros(2))
     for problem, value in pairs:
         sums[problem] += value, 1
@@ -892,14 +908,17 @@ def evaluate_file(config):
     Writes every response to responses.jsonl and the figures to figures.json, in config.out, and prints a table.
     """
     out, problems = Path(config.out), load_problems(config.data)[:config.eval_problems]
-    model, tokenizer = load_model(config.model, config)
-    critic = None if config.critic == "trained" else load_model(config.critic, config)
-    for pair in filter(None, [(model, tokenizer), critic]):
-        check_context(*pair, problems, config)
+    if (out / "responses.jsonl").exists():
+        raise UsageError(f"{out / 'responses.jsonl'} is there already; choose another --out")
+    solver = load_model(config.model, config)
+    critic = solver if config.critic == "trained" else load_model(config.critic, config)
+    for model, tokenizer in (solver, critic):
+        check_context(model, tokenizer, problems, config)
+        place(model, config)
+    with fixed_draws(solver[0], config.seed):
+        turns = rollout(*solver, problems, evaluation_config(config), critic, gated=False)
     out.mkdir(parents=True, exist_ok=True)
-    place(model, config), critic and place(critic[0], config)
-    with open(out / "responses.jsonl", "x") as file, fixed_draws(model, config.seed):
-        turns = rollout(model, tokenizer, problems, of_evaluation(config), critic, gated=False)
+    with open(out / "responses.jsonl", "w") as file:
         log_sessions(file, turns, problems)
     figures = {name: clustered(pairs) for name, pairs in outcomes(turns, problems).items() if pairs}
     write_json(out / "figures.json", figures)
@@ -947,24 +966,29 @@ def compare(config, arms, seeds):
             raise UsageError(f"{run} was run with another {', '.join(other)}; choose another --out")
         if not (run / "result.json").exists():
             train(settings, resume=run.exists())
-        result, since = json.loads((run / "result.json").read_text()), []
-        rows.append({"arm": arm, "seed": seed, "step": 0, "tokens": 0, **result["before"]})
-        for line in (run / "metrics.jsonl").read_text().splitlines():
-            since.append(json.loads(line))
-            if "heldout" in since[-1]:
-                rows.append({"arm": arm, "seed": seed, "step": since[-1]["step"], "tokens": since[-1]["tokens"],
-                             **since[-1]["heldout"],
-                             **{w: mean(row[w] for row in since if row[w] is not None)
-                                for w in ("w_mean", "w_capped", "w_ess")}})
-                since = []
-        rows[-1] |= {f"{key}, {who}": value for who, swap in result["swap"].items() for key, value in swap.items()}
-        rows[-1]["seconds"] = result["seconds"]
+        rows += [{"arm": arm, "seed": seed, **row} for row in evaluations(run)]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with open(folder / "compare.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
     print_comparison(folder / "compare.csv")
+
+
+def evaluations(run):
+    """The evaluations of a finished run, a row each; w_* are means over the steps since the one before."""
+    result, since = json.loads((run / "result.json").read_text()), []
+    rows = [{"step": 0, "tokens": 0, **result["before"]}]
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        step = json.loads(line)
+        since.append(step)
+        if "heldout" in step:
+            w = {name: mean(s[name] for s in since if s[name] is not None) for name in ("w_mean", "w_capped", "w_ess")}
+            rows.append({"step": step["step"], "tokens": step["tokens"], **step["heldout"], **w})
+            since = []
+    swap = {f"{key}, {who}": value for who, figures in result["swap"].items() for key, value in figures.items()}
+    rows[-1] |= {**swap, "seconds": result["seconds"]}
+    return rows
 
 
 def read_runs(path):
@@ -1035,7 +1059,7 @@ def print_comparison(path):
 @functools.cache
 def t_quantile(p, n):
     """Quantile of Student's t with n - 1 degrees of freedom, from a million fixed draws: good to 1%."""
-    return np.quantile(np.random.default_rng(0).standard_t(max(n - 1, 1), 10 ** 6), p)
+    return np.quantile(np.random.default_rng(0).standard_t(n - 1, 10 ** 6), p)
 
 
 def half_interval(values):
@@ -1057,7 +1081,7 @@ def interval(values):
 def detectable(differences):
     """The smallest true difference that as many seeds would have shown (p < 0.05) four times in five."""
     n = len(differences)
-    return (t_quantile(0.975, n) + t_quantile(0.8, n)) * differences.std(ddof=1) / n ** 0.5 if n > 1 else np.nan
+    return (t_quantile(0.975, n) + t_quantile(0.8, n)) * differences.std(ddof=1) / n ** 0.5 if n > 1 else math.nan
 
 
 def sign_flip(differences):
@@ -1084,7 +1108,8 @@ def plot(paths, image):
             panel.errorbar(x[-1], y[-1], half, capsize=3, **style)
         panel.set(title=Path(path).stem, xlabel="thousand tokens generated in training", ylim=(0, 1))
     panels[0, 0].set_ylabel("critique-free held-out accuracy")
-    lines = {line.get_label(): line for panel in panels[0] for line in panel.get_lines() if line.get_label() in ARMS}
+    lines = {line.get_label(): line for panel in panels[0] for line in panel.get_lines()
+             if not line.get_label().startswith("_")}
     panels[0, -1].legend(lines.values(), lines.keys(), frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(image, dpi=130, bbox_inches="tight")
     print(f"\nthe figure is in {image}")
@@ -1143,14 +1168,14 @@ def load_examples(config):
 
 # --------------------------------------------------------------------------------------------------- answer checking
 #
-# The answer checker: find the box, bring both answers to one spelling, compare them part by part.
+# Find the box, bring both answers to one spelling, compare them part by part.
 #
 # Two formulas are equal if their values are: rational numbers exactly, all others to ten digits. Variables
 # get the same random values on both sides, three times over. Nothing is handed to Python or sympy to run:
 # the small parser at the end reads the notation below, and what it cannot read is compared as text.
 
-# What has several spellings, by the one that is used below. Signs that one answer carries and another leaves
-# out ($, %, degrees) are spelled as nothing, like the commands that only change the looks.
+# The spelling that is used below, and the others that it replaces. Signs that an answer may carry or leave out ($, %,
+# degrees) are replaced by nothing, like the commands that only change the looks.
 SPELLING = {spelling: form for form, spellings in {
     "": r"\left \right \big \Big \bigl \bigr \displaystyle \, \; \: \! \( \) $ \$ % \% ° ^° ^\circ ^{\circ}",
     r"\text": r"\mbox \textbf \textit \textrm \mathrm \mathbf \operatorname \boxed", "{": r"\{", "}": r"\}",
@@ -1212,7 +1237,7 @@ def is_correct(response: str, answer: str) -> bool:
     may come in any order; a tuple, an interval or a matrix may not. A name (x = 5), a unit or the base of a
     number (204_5) may be missing on one side, but two that differ are wrong. Words ignore case.
     """
-    gold = str(answer).strip()
+    gold = answer.strip()
     if len(re.findall(r"\\boxed", gold)) == 1:                   # a gold answer may come in its own box
         gold = extract_answer(gold) or gold
     boxed = extract_answer(response)
@@ -1231,7 +1256,7 @@ def _normalise(text):
 def _split(text, separators):
     """Split `text` at the separators that stand outside all brackets."""
     depths = itertools.accumulate((char in "([{⟦") - (char in ")]}⟧") for char in text)
-    cuts = [place for place, depth in enumerate(depths) if depth == 0 and text[place] in separators]
+    cuts = [i for i, depth in enumerate(depths) if depth == 0 and text[i] in separators]
     return [text[start + 1:end] for start, end in itertools.pairwise([-1, *cuts, len(text)])]
 
 
@@ -1405,7 +1430,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(prog="icrl.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
                                      usage="icrl.py [train | compare | plot CSV ... | eval] [--flag value ...]")
     argv = list(sys.argv[1:] if argv is None else argv)
-    command = argv.pop(0) if argv[:1] in (["train"], ["compare"], ["plot"], ["eval"]) else "train"
+    command = argv.pop(0) if argv and argv[0] in ("train", "compare", "plot", "eval") else "train"
     own = parser.add_argument_group("what to do: train one run; compare several arms with several seeds (compare "
                                     "--help); draw what was compared; or evaluate --model on --data")
     if command == "train":
@@ -1436,7 +1461,7 @@ def parse(argv):
         try:
             saved = json.loads((Path(options.resume) / "config.json").read_text())
             config = Config(**{**saved, **given, "out": options.resume})
-            check(config)
+            check(config, "resume")
         except (OSError, ValueError, TypeError) as error:
             raise UsageError(f"cannot resume {options.resume}: {error}") from error
     else:
@@ -1446,13 +1471,14 @@ def parse(argv):
         config.out = config.out or (f"runs/compare-{config.preset}" if command == "compare"
                                     else time.strftime("runs/%Y%m%d-%H%M%S"))
         if command == "eval":
+            config.data = given.get("data", config.heldout)
             config.eval_problems = given.get("eval_problems", sys.maxsize)
-    check(config, command)
+        check(config, command)
     return config, options
 
 
 def check(config, command="train"):
-    """Refuse settings that are out of range, or of which one would silently do nothing."""
+    """Refuse settings that are out of range, and settings that would silently do nothing."""
     for f in dataclasses.fields(Config):
         low, choices, value = f.metadata["low"], f.metadata["choices"], getattr(config, f.name)
         known = not choices or value in choices
@@ -1462,6 +1488,8 @@ def check(config, command="train"):
             raise UsageError(f"--{f.name} cannot be {value!r}")
         if low is not None and not value >= low:
             raise UsageError(f"--{f.name} must be at least {low}, not {value}")
+    if command == "resume":                                   # the arms of compare may hold settings that do nothing
+        return
     for reason, applies, names in [
             ("--method grpo has no critiques", config.method == "grpo", "critic weight groups w_max rounds"),
             ("--critic retry has no critiques", config.critic == "retry", "weight w_max"),
@@ -1496,7 +1524,9 @@ def main(argv=None):
         else:
             print_result(train(config, resume=options.resume is not None))
         return 0
-    except (UsageError, OSError) as error:
+    except UsageError as error:                               # to go on would end in the same way
+        message, code, config = str(error), 2, None
+    except OSError as error:
         message, code = str(error), 2
     except torch.OutOfMemoryError:
         message, code = ("out of GPU memory: lower --sample_batch (sampling) or --micro_tokens (update), or add "

@@ -404,6 +404,15 @@ def test_thinking_is_the_same_in_every_role_and_context(monkeypatch):
                                        for t in turns for prompt in (t.prompt, t.free_prompt))
 
 
+@pytest.mark.parametrize("opening", ["<think>\n", ""])
+def test_thoughts_that_the_template_begins_are_no_critique(opening, monkeypatch):
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = "{{ messages[-1].content }}" + opening
+    asked = script(monkeypatch, ["no"], ["It is 13, so I say so"], ["no"])
+    icrl.rollout(NOBODY, tokenizer, [SIX], icrl.Config(samples=1))
+    assert ("It is 13" in asked[2].prompts[0]) == (not opening)
+
+
 def test_a_prompt_is_a_system_and_a_user_turn():
     for messages in icrl.solver_messages("6 * 7?", "Thirteen."), icrl.critic_messages("6 * 7?", "Thirteen."):
         assert [message["role"] for message in messages] == ["system", "user"]
@@ -644,7 +653,7 @@ def test_shuffled_critiques_are_of_another_problem(monkeypatch):
     icrl.rollout(NOBODY, TOKENIZER, [SIX, TWO], config)
     assert ["two " in prompt for prompt in asked[2].prompts] == [True, True, False, False]
     assert ["six " in prompt for prompt in asked[2].prompts] == [False, False, True, True]
-    icrl.rollout(NOBODY, TOKENIZER, [SIX], config, samples=1)                            # there is no other
+    icrl.rollout(NOBODY, TOKENIZER, [SIX], dataclasses.replace(config, samples=1))       # there is no other
     assert "six a" in asked[5].prompts[0]
 
 
@@ -1159,7 +1168,16 @@ def test_eval_with_a_critic_that_spells_in_other_tokens(tmp_path, monkeypatch, c
     assert f"{0.5:7.3f} {1.96 * 0.5 / 3 ** 0.5:7.3f}\n" in printed
 
 
+@pytest.mark.parametrize("trouble", [KeyboardInterrupt, icrl.UsageError])
+def test_an_eval_that_failed_can_be_tried_again(trouble, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(icrl, "rollout", lambda *_, **__: fail(trouble()))
+        assert icrl.main(f"eval --out {tmp_path} --eval_problems 1".split())
+    assert icrl.main(f"eval --out {tmp_path} --eval_problems 1 --max_response 9 --max_critique 9".split()) == 0
+
+
 def test_eval_takes_all_problems_and_as_many_samples_as_it_is_told():
+    assert icrl.parse(["eval"])[0].data == icrl.Config.heldout
     assert icrl.parse(["eval"])[0].eval_problems > 10 ** 6 > icrl.parse([])[0].eval_problems
     assert icrl.parse("eval --eval_problems 9 --k 8".split())[0].eval_problems == 9
     assert icrl.parse("eval --k 8".split())[0].eval_samples == 8
@@ -1329,6 +1347,50 @@ def test_ctrl_c_finishes_the_step_and_saves_it(short_run, undisturbed, monkeypat
     copied = shutil.copytree(short_run.out + "/checkpoint-3", short_run.out + "/checkpoint-3 (copy)")
     assert icrl.main(["--resume", short_run.out]) == 0
     assert left_behind(short_run.out) == undisturbed and icrl.Path(copied).exists()      # it was not ours to remove
+
+
+def test_a_run_that_is_ended_early_is_measured_as_it_is(short_run, monkeypatch):
+    """Resumed with no more steps than it has taken: it is evaluated then, and its time is that of both parts."""
+    short_run.eval_problems, short_run.lr = 40, 0.01
+    with monkeypatch.context() as patch:
+        before_update(patch, 3, lambda: signal.raise_signal(signal.SIGINT))
+        assert icrl.main(arguments(short_run)) == 130
+    last, = icrl.checkpoints(short_run.out)
+    state = json.loads((last / "state.json").read_text())
+    (last / "state.json").write_text(json.dumps({**state, "seconds": 1000.0}))
+    assert icrl.main(["--resume", short_run.out, "--steps", "3"]) == 0
+    result = json.loads((icrl.Path(short_run.out) / "result.json").read_text())
+    problems = icrl.load_problems(short_run.heldout)
+    assert result["after"] == icrl.evaluate(*icrl.load_model(str(last), short_run), problems, short_run)
+    assert result["after"] != result["before"] and 1000 < result["seconds"] < 1000 + 60
+
+
+def test_a_run_that_goes_on_is_not_finished(short_run, monkeypatch):
+    results(short_run, "run")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        before_update(patch, 1, lambda: fail(KeyboardInterrupt()))
+        results(short_run, "run", resume=True, steps=6)
+    assert not icrl.Path(short_run.out, "result.json").exists()
+
+
+def test_a_run_of_compare_can_be_resumed_by_hand(tmp_path):
+    """Its arm may make a setting of the others do nothing."""
+    settings = dataclasses.asdict(icrl.Config(method="grpo", rounds=3, w_max=3.0))
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert icrl.parse(["--resume", str(tmp_path)])[0].rounds == 3
+
+
+def test_where_going_on_would_not_help_nobody_is_told_to(short_run, undisturbed, capsys):
+    results(short_run, "run")
+    for flags in (["--data", "nothing.jsonl", "--heldout", "nothing.jsonl"], []):
+        assert icrl.main([*arguments(short_run), *flags]) == 2
+        assert "is saved" not in capsys.readouterr().err
+
+
+def test_a_run_killed_while_it_wrote_its_first_file_can_be_started_again(short_run, undisturbed):
+    icrl.Path(short_run.out).mkdir()
+    (icrl.Path(short_run.out) / "config.new").touch()
+    assert results(short_run, "run") == undisturbed
 
 
 def test_a_second_ctrl_c_stops_at_once(short_run, monkeypatch, capsys):
@@ -1601,10 +1663,16 @@ def two_tables(tmp_path):
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
-def test_a_plot_is_drawn(two_tables, tmp_path):
+def test_a_plot_is_drawn(two_tables, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib").use("agg")
+    from matplotlib.axes import Axes
+    legends, legend = [], Axes.legend
+    monkeypatch.setattr(Axes, "legend", lambda axes, lines, names, **more: [
+        legends.append([*names]), legend(axes, lines, names, **more)])
     assert icrl.main(two_tables) == 0
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
+    assert str(tmp_path / "one.png") in capsys.readouterr().out
+    assert legends == [["icrl", "frozen", "an arm of my own"]]
 
 
 def test_without_matplotlib_there_are_still_tables(two_tables, monkeypatch, capsys):
@@ -1724,7 +1792,8 @@ def odds_and_ends(tmp_path_factory):
     ("eval --model TMP/nothing", "cannot use the model 'TMP/nothing'"), ("eval --k 0", "--eval_samples must be at"),
     ("eval --critic TMP/nothing", "cannot use the model 'TMP/nothing'"),
     ("eval --max_response 500", "needs a context of "), (f"eval --critic {DATA}/model --max_critique 500", "needs a c"),
-    ("eval --out TMP/done", "TMP/done/responses.jsonl"), ("eval --weight one", "unrecognized arguments: --weight"),
+    ("eval --out TMP/done", "TMP/done/responses.jsonl is there already"),
+    ("eval --weight one", "unrecognized arguments: --weight"),
     ("eval --critic placebo", "--critic cannot be 'placebo'"), ("plot TMP/few.csv --lr 1", "unrecognized arguments"),
     ("eval --resume TMP/old", "unrecognized arguments: --resume"),
 ])
@@ -1738,6 +1807,8 @@ def test_what_the_user_can_mend_is_one_sentence_and_exit_code_2(argv, message, o
     ('{"problem": "?", "answer": "1"}'.encode("utf-16"), "cannot read TMP/bad.jsonl: 'utf-8' codec can't decode"),
     (b"problem,answer\n6 * 7?,42\n", "line 1: not JSON"), (b"[" * 100_000, "line 1: not JSON"),
     (b'[\n{"problem": "?", "answer": "1"}\n]', "line 1: not JSON"),
+    # longest is what has the most tokens
+    ("\n".join(f'{{"problem": "{text}", "answer": "1"}}' for text in ("a" * 300, "😀" * 150)).encode(), "of 704 tokens"),
     (b'{"problem": "' + b"a" * 1_000_000 + b'", "answer": "1"}', "aaa'... needs a context of 1000104 tokens with "
      "--max_response and --max_critique, and the model has 512"),
     *((b'{"problem": "6 * 7?", "answer": "42"}\n' + line, f"TMP/bad.jsonl, line 2: {message}") for line, message in [
