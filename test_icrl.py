@@ -1808,7 +1808,7 @@ def test_what_the_user_can_mend_is_one_sentence_and_exit_code_2(argv, message, o
     (b"problem,answer\n6 * 7?,42\n", "line 1: not JSON"), (b"[" * 100_000, "line 1: not JSON"),
     (b'[\n{"problem": "?", "answer": "1"}\n]', "line 1: not JSON"),
     # longest is what has the most tokens
-    ("\n".join(f'{{"problem": "{text}", "answer": 1}}' for text in ("a" * 300, "😀" * 150)).encode(), "of 704 tokens"),
+    ("\n".join(f'{{"problem": "{text}", "answer": 1}}' for text in ("a" * 300, "😀" * 150)).encode(), "704 tokens"),
     (b'{"problem": "' + b"a" * 1_000_000 + b'", "answer": "1"}', "aaa'... needs a context of 1000104 tokens with "
      "--max_response and --max_critique, and the model has 512"),
     *((b'{"problem": "6 * 7?", "answer": "42"}\n' + line, f"TMP/bad.jsonl, line 2: {message}") for line, message in [
