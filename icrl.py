@@ -639,13 +639,24 @@ def rollout_stats(turns):
     return stats
 
 
-def show_session(turns, problems):
-    """One session as text: the first that holds a critique, or else the first."""
-    shown = next((t.session for t in turns if t.role == "critic"), 0)
-    session = [t for t in turns if t.session == shown]
-    problem = problems[session[0].query]
-    return "\n".join([f"  problem   {problem['problem']}  (answer {problem['answer']})",
-                      *(f"  {t.part:9} {t.text.strip()}  -> reward {t.reward:g}" for t in session)])
+def show_step(bar, row, turns, problems, state, config):
+    """Say how a step went: figures in the progress bar, now and then a session, and a warning if all was cut off.
+
+    The session is the first that holds a critique, or else the first.
+    """
+    shown = {"unaided": row["first_reward"], "with critique": row["revision_reward"], "w": row["w_mean"],
+             "held-out": state["after"]["pass@1"]}
+    bar.set_postfix_str(", ".join(f"{name} {value:.2f}" for name, value in shown.items() if value is not None))
+    if config.show_every and (row["step"] - 1) % config.show_every == 0:
+        number = next((t.session for t in turns if t.role == "critic"), 0)
+        session = [t for t in turns if t.session == number]
+        problem = problems[session[0].query]
+        tqdm.write("\n".join([f"one session of step {row['step']}:",
+                              f"  problem   {problem['problem']}  (answer {problem['answer']})",
+                              *(f"  {t.part:9} {t.text.strip()}  -> reward {t.reward:g}" for t in session)]))
+    for part, name, limit in (("first", "attempt", "response"), ("critique", "critique", "critique")):
+        if row[f"{part}_truncated"] == 1:
+            tqdm.write(f"warning, step {row['step']}: every {name} was cut off; raise --max_{limit}")
 
 
 def write_json(path, value):
@@ -763,14 +774,7 @@ def train(config, resume=False):
             state |= {"step": step, "tokens": tokens,
                       "skipped_in_a_row": state["skipped_in_a_row"] + 1 if row["skipped"] else 0,
                       "seconds": time.time() - began, "bytes": (metrics.tell(), sessions.tell())}
-            shown = {"unaided": row["first_reward"], "with critique": row["revision_reward"], "w": row["w_mean"],
-                     "held-out": state["after"]["pass@1"]}
-            bar.set_postfix_str(", ".join(f"{name} {value:.2f}" for name, value in shown.items() if value is not None))
-            if config.show_every and (step - 1) % config.show_every == 0:
-                tqdm.write(f"one session of step {step}:\n{show_session(turns, batch)}")
-            for part, name, limit in (("first", "attempt", "response"), ("critique", "critique", "critique")):
-                if row[f"{part}_truncated"] == 1:
-                    tqdm.write(f"warning, step {step}: every {name} was cut off; raise --max_{limit}")
+            show_step(bar, row, turns, batch, state, config)
             if state["skipped_in_a_row"] == 3:
                 raise UsageError("the gradients of three steps in a row are not finite; their sessions are the last in "
                                  f"{run / 'sessions.jsonl'}; try a lower --lr, or --no-bf16, in a new --out")
