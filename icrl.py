@@ -586,6 +586,8 @@ def load_model(name, config):
                                                             output_loading_info=True)
         if found["missing_keys"]:                             # they would be random
             raise ValueError(f"it lacks weights, such as {min(found['missing_keys'])}")
+        if not all(weight.isfinite().all() for weight in model.parameters()):
+            raise ValueError("some of its weights are not finite")
         if not tokenizer.chat_template:
             raise ValueError("its tokenizer has no chat template; use an instruction-tuned model")
         if "zebra" not in tokenizer.decode(encode_chat(tokenizer, solver_messages("zebra"), config.thinking)):

@@ -1857,6 +1857,12 @@ def pickle_weights(folder):
     remove("model.safetensors")(folder)
 
 
+def spoil(folder):
+    model = tiny_model()
+    model.lm_head.weight.data[-1, -1] = math.nan
+    model.save_pretrained(folder)
+
+
 BAD_MODELS = [
     (remove("config.json"), "`model_type`"), (remove("model.safetensors"), "no file named model.safetensors"),
     (pickle_weights, "no file named model.safetensors"),      # unpickling can run whatever the file says
@@ -1877,7 +1883,7 @@ BAD_MODELS = [
     (put(config={"model_type": "t5", "architectures": ["T5"]}), "Unrecognized configuration class"),
     (put(config={"hidden_size": 64}), "cannot use the model"), (put(config={"hidden_size": "wide"}), "expected int"),
     (put(config={"num_hidden_layers": 3, "layer_types": None}), "it lacks weights, such as model.layers.2"),
-    (put(config={"vocab_size": 200, "pad_token_id": None}), "cannot use the model"),
+    (put(config={"vocab_size": 200, "pad_token_id": None}), "cannot use the model"), (spoil, "are not finite"),
     (lambda folder: tiny_model(vocab_size=200, pad_token_id=None, eos_token_id=None).save_pretrained(folder),
      "298 tokens, but the model only 200"),
     (put(config={"max_position_embeddings": 100}), "and the model has 100"),
