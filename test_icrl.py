@@ -1828,7 +1828,7 @@ def test_what_the_user_can_mend_is_one_sentence_and_exit_code_2(argv, message, o
         ])])])
 def test_a_line_that_cannot_be_used_is_named(content, message, tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_bytes(content)
-    check_refusal(f"--data TMP/bad.jsonl --heldout {DATA}/heldout.jsonl", message, tmp_path, capsys)
+    check_refusal(f"--data TMP/bad.jsonl --heldout {DATA}/heldout.jsonl --steps 1", message, tmp_path, capsys)
 
 
 def put(**settings):
