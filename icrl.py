@@ -171,7 +171,8 @@ def encode_chat(tokenizer, messages, thinking=False):
     """Token ids of a chat prompt that ends where the assistant's turn begins.
 
     Contents are data. An attempt or a critique is model output inside a user's turn, so whatever spells a control
-    token (<|im_end|>) is taken out of it, again and again: taking one out can put another together.
+    token (<|im_end|>; those that the tokenizer calls special) is taken out of it, again and again: taking one out can
+    put another together.
     """
     control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
@@ -204,12 +205,16 @@ def stop_tokens(model, tokenizer):
 def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, chunk=16):
     """One completion per prompt by Hugging Face `generate`; temperature 0 is greedy.
 
-    prompts: list of token-id lists. Returns (completions, truncated): token-id lists up to and including the first
-    stop token, and a bool each for having reached `max_new_tokens` without one.
+    prompts: lists of token ids, none empty, at least one. Returns (completions, truncated): token-id lists up to and
+    including the first stop token, and a bool each for having reached `max_new_tokens` without one.
 
     All prompts are one batch. Three things keep it cheap: equal prompts are read once and their cache is copied;
     `generate` makes `chunk` tokens a call and goes on from the cache; rows that have ended are dropped between calls.
     """
+    context = getattr(model.config, "max_position_embeddings", math.inf)
+    if max(map(len, prompts)) + max_new_tokens > context:
+        raise UsageError(f"a prompt of {max(map(len, prompts))} tokens and {max_new_tokens} new ones do not fit in the "
+                         f"model's context of {context}")
     stops = stop_tokens(model, tokenizer)
     # Which id pads does not matter: the prompts are masked, and a completion is cut at its first stop.
     settings = GenerationConfig(do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, top_p=1.0,
@@ -232,7 +237,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, chunk=16)
         rows = torch.tensor([row_of[tuple(p)] for p in prompts], device=model.device)
         live, completions = list(range(len(prompts))), [[]] * len(prompts)
         while live:
-            cache.batch_select_indices(rows)
+            cache.reorder_cache(rows)               # which may drop and repeat rows
             ids, mask = ids[rows], mask[rows]
             settings.max_new_tokens = min(chunk, width + max_new_tokens - ids.shape[1])
             ids = model.generate(ids, attention_mask=mask, past_key_values=cache, generation_config=settings)
@@ -253,9 +258,9 @@ def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, chunk=16)
 def completion_logprobs(model, prompts, completions, temperature=1.0):
     """log pi(y_t | prompt, y_<t) of every completion token, at `temperature`.
 
-    prompts, completions: B lists of token ids, none empty; the ids as they were sampled, never re-tokenised. Returns
-    (logp, mask), both (B, T) float32 with T the longest completion, 0 on the padding; differentiable. Leaves the model
-    in eval mode, or in training mode under gradient checkpointing; its dropout must be 0 then (see load_model).
+    prompts, completions: B > 0 lists of token ids, none empty; the ids as they were sampled, never re-tokenised.
+    temperature: above 0. Returns (logp, mask), both (B, T) float32 with T the longest completion, 0 on the padding;
+    differentiable. Leaves the model in eval mode, but for layers under gradient checkpointing (see load_model).
 
     No attention mask is needed: padding stands on the right, where causal attention does not look. So any id pads.
     """
@@ -271,9 +276,11 @@ def completion_logprobs(model, prompts, completions, temperature=1.0):
     # update. This hook lets it see only the positions that predict a completion token, (B, L, H) -> (N, H), in any
     # architecture and before whatever that does to its logits.
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0][predicts],))
-    # With dropout rho would not be 1 before the first step, hence eval mode. But Hugging Face recomputes activations in
-    # training mode only.
-    model.train(any(getattr(module, "gradient_checkpointing", False) for module in model.modules()))
+    # With dropout rho would not be 1 before the first step, hence eval mode. But Hugging Face recomputes a layer's
+    # activations only if the layer itself is in training mode.
+    model.eval()
+    for module in model.modules():
+        module.training = bool(getattr(module, "gradient_checkpointing", False))
     try:
         logits = model(input_ids=ids, use_cache=False).logits.float() / temperature        # (N, vocabulary)
     finally:
@@ -310,9 +317,13 @@ class Turn:
         return "critique" if self.role == "critic" else "first" if self.round == 1 else "revision"
 
 
-def outcome_reward(text, answer, truncated):
-    """r(tau) in [0, 1], the one place to change for another task. What was cut off at its length limit earns 0."""
-    return 0.0 if truncated else float(is_correct(text, answer))
+def outcome_reward(text, problem, truncated):
+    """r(tau) in [0, 1] of an attempt at `problem`, an object of the data. What was cut off at its limit earns 0.
+
+    1 is solved: it ends the session and pays the critic 1. Another task changes this function, the two system prompts
+    and, where answers are not mathematics, load_problems, which wants one that fits in a box, and states_answer.
+    """
+    return 0.0 if truncated else float(is_correct(text, problem["answer"]))
 
 
 FIXED_CRITIQUE = {"placebo": "Try again.", "retry": ""}
@@ -354,7 +365,7 @@ def rollout(model, tokenizer, problems, config, critic=None, gated=True, first=N
                    else free[s // samples] for s in live]
         attempts = first if round == 1 and first is not None else generate("solver", round, live, prompts)
         for turn in attempts:
-            turn.reward = outcome_reward(turn.text, problems[turn.query]["answer"], turn.truncated)
+            turn.reward = outcome_reward(turn.text, problems[turn.query], turn.truncated)
             if turn.session in critique:
                 critique[turn.session].reward = critic_reward(reward[turn.session], turn.reward)
             reward[turn.session] = turn.reward
@@ -383,15 +394,16 @@ def rollout(model, tokenizer, problems, config, critic=None, gated=True, first=N
 # ---------------------------------------------------------------------------------------------------- the equations
 
 def critic_reward(before, after):
-    """Eq. 3: what a critique earns, from the rewards of the attempts before and after it. Success pays exactly 1."""
+    """Eq. 3: what a critique earns, from the rewards (floats) of the attempts before and after it. Success pays 1."""
     return 1.0 if after == 1.0 else after - before
 
 
 def role_advantages(rewards, groups, delta=1e-6):
     """Eq. 5: A_i = (r_i - mean) / (std + delta) within each group, std unbiased.
 
-    rewards: (B,) floats; groups: B hashable keys, for ICRL (problem, role). Returns (B,) float32. A group of one or of
-    equal rewards gives exactly 0: there, rounding noise over delta would pass for a signal.
+    rewards: (B,) floats; groups: B keys, for ICRL (problem, role), compared by value (so no tensors). Returns (B,)
+    float32. A group of one or of equal rewards gives exactly 0: there, rounding noise over delta would pass for a
+    signal.
     """
     rewards = torch.as_tensor(rewards, dtype=torch.float32)
     members, advantages = defaultdict(list), torch.zeros_like(rewards)
@@ -408,7 +420,7 @@ def calibration_ratio(logp_free, logp_guided, w_max=2.0):
     """Eq. 4: w_t = pi(y_t | q, y_<t) / pi(y_t | q, c, y_<t), at most w_max, a constant for the gradient.
 
     logp_free, logp_guided: (B, T) float32 log-probs of the same revisions, both under the weights that sampled. Returns
-    (B, T). For revisions only: the caller gives first attempts and critiques weight 1.
+    (B, T), to be masked where there is padding. For revisions only: the caller gives other samples weight 1.
     """
     return (logp_free - logp_guided).detach().exp().clamp(max=w_max)
 
@@ -436,10 +448,11 @@ WEIGHTS = {"token": calibration_ratio, "one": no_weight, "sequence": sequence_ra
 def icrl_objective(logp, logp_old, advantages, weights, mask, clip_low=0.2, clip_high=0.2):
     """Eq. 6, to be maximised: w_t min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A), rho_t = pi / pi_old.
 
-    logp, logp_old: (B, T) float32, both under the critique-free prompt, now and at the rollout; weights, mask: (B, T);
-    advantages: (B,). Returns the mean over each sample's tokens, then over the B samples. The weight stays outside the
-    min: clipping w_t rho_t would let w decide what is clipped, and a cap inside, min(w x, w_max x), would take the
-    larger weight where x < 0.
+    logp, logp_old: (B, T) float32, both under the critique-free prompt, now and at the rollout, finite on the padding
+    too; weights, mask: (B, T); advantages: (B,). Returns the mean over each sample's tokens, then over the B samples.
+
+    The weight stays outside the min: clipping w_t rho_t would let w decide what is clipped, and a cap inside,
+    min(w x, w_max x), would take the larger weight where x < 0.
     """
     rho = (logp - logp_old.detach()).exp()
     A = advantages[:, None]
@@ -456,7 +469,10 @@ def group_key(turn, groups):
 
 
 def micro_batches(lengths, budget):
-    """Split the indices of `lengths` into lists of similar length, each within `budget` when padded to its longest."""
+    """Split the indices of `lengths`, longest first, into lists within `budget` tokens when padded to their longest.
+
+    What is over the budget by itself has a list of its own.
+    """
     batches, longest = [], 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if not batches or longest * (len(batches[-1]) + 1) > budget:
@@ -467,7 +483,7 @@ def micro_batches(lengths, budget):
 
 
 def place(model, config):
-    """The model on its device, its weights in bfloat16 if their float32 is kept elsewhere (see make_optimizer)."""
+    """The model itself, moved to its device; its weights in bfloat16 if float32 ones are kept (see make_optimizer)."""
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     if config.bf16 and config.optimizer_on == "cpu":          # not the buffers: RoPE's frequencies need all their bits
         for weight in model.parameters():
@@ -590,6 +606,8 @@ def load_model(name, config):
             raise ValueError("some of its weights are not finite")
         if not tokenizer.chat_template:
             raise ValueError("its tokenizer has no chat template; use an instruction-tuned model")
+        if config.checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if "zebra" not in tokenizer.decode(encode_chat(tokenizer, solver_messages("zebra"), config.thinking)):
             raise ValueError("the problem is lost in its chat template or its tokenizer")
     except Exception as error:                                # a damaged folder can raise anything
@@ -602,8 +620,6 @@ def load_model(name, config):
         for name_of_dropout in ("p", "dropout", "attention_dropout"):
             if isinstance(getattr(module, name_of_dropout, None), float):
                 setattr(module, name_of_dropout, 0.0)
-    if config.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model, tokenizer
 
 
@@ -717,6 +733,9 @@ def catch_interrupt():
 
 def start(config, resume):
     """What a run begins with, or goes on with: (model, tokenizer, optimizer, problems, heldout, state)."""
+    check(config)
+    if not config.out:
+        raise UsageError("--out: a run needs a folder")
     run, saved = Path(config.out), checkpoints(config.out) if resume else []
     problems, heldout = load_problems(config.data), load_problems(config.heldout)
     if common := {p["problem"] for p in problems} & {p["problem"] for p in heldout}:
@@ -845,7 +864,7 @@ def outcomes(turns, problems):
 
     `after_gated` counts a right first attempt as right whatever its revision says, as if an oracle had stopped the
     session; such results are usually reported so. `after_ungated` counts the revision. (The critic's prompt calls every
-    attempt failed, right ones too.)
+    attempt failed, right ones too.) These and pass@ are mean rewards; "right" elsewhere is a reward of exactly 1.
     """
     first, critique, after = ([t for t in turns if t.part == part] for part in ("first", "critique", "revision"))
     reward, revised = (np.array([t.reward for t in part]) for part in (first, after))
@@ -1174,6 +1193,8 @@ def load_examples(config):
 
 # --------------------------------------------------------------------------------------------------- answer checking
 #
+# (To copy it, take all from here to "command line", and the imports itertools, random, re, Fraction, operator and fp.)
+#
 # Find the box, bring both answers to one spelling, compare them part by part.
 #
 # Two formulas are equal if their values are: rational numbers exactly, all others to ten digits. Variables
@@ -1467,7 +1488,7 @@ def parse(argv):
         try:
             saved = json.loads((Path(options.resume) / "config.json").read_text())
             config = Config(**{**saved, **given, "out": options.resume})
-            check(config, "resume")
+            check(config)
         except (OSError, ValueError, TypeError) as error:
             raise UsageError(f"cannot resume {options.resume}: {error}") from error
     else:
@@ -1483,8 +1504,11 @@ def parse(argv):
     return config, options
 
 
-def check(config, command="train"):
-    """Refuse settings that are out of range, and settings that would silently do nothing."""
+def check(config, command=None):
+    """Refuse settings that are out of range; for a command also those that would silently do nothing.
+
+    (The arms of `compare` may hold some of these: all have the same settings but for what an arm is about.)
+    """
     for f in dataclasses.fields(Config):
         low, choices, value = f.metadata["low"], f.metadata["choices"], getattr(config, f.name)
         known = not choices or value in choices
@@ -1494,19 +1518,17 @@ def check(config, command="train"):
             raise UsageError(f"--{f.name} cannot be {value!r}")
         if low is not None and not value >= low:
             raise UsageError(f"--{f.name} must be at least {low}, not {value}")
-    if command == "resume":                                   # the arms of compare may hold settings that do nothing
-        return
+    if config.method == "icrl" and config.rounds == 1:
+        raise UsageError("--rounds 1 leaves no room for a critique; that is --method grpo")
+    if config.samples == 1 and (config.method == "grpo" or config.groups == "role_round"):
+        raise UsageError("--samples 1 leaves nothing to compare a reward with, and nothing would be learnt")
     for reason, applies, names in [
             ("--method grpo has no critiques", config.method == "grpo", "critic weight groups w_max rounds"),
             ("--critic retry has no critiques", config.critic == "retry", "weight w_max"),
             (f"--weight {config.weight} has no cap", config.weight in ("one", "shaped"), "w_max")]:
         idle = [f"--{name}" for name in names.split() if getattr(config, name) != getattr(Config, name)]
-        if applies and idle:
+        if command and applies and idle:
             raise UsageError(f"{reason}; leave out {', '.join(idle)}")
-    if config.method == "icrl" and config.rounds == 1:
-        raise UsageError("--rounds 1 leaves no room for a critique; that is --method grpo")
-    if config.samples == 1 and (config.method == "grpo" or config.groups == "role_round"):
-        raise UsageError("--samples 1 leaves nothing to compare a reward with, and nothing would be learnt")
 
 
 def main(argv=None):

@@ -28,8 +28,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen3Config,
+                          Qwen3ForCausalLM)
 
 import icrl
 
@@ -474,6 +476,25 @@ def test_sampling_keeps_its_cache_and_no_graph_under_gradient_checkpointing():
     assert model.training
 
 
+@pytest.mark.skipif(tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23), reason="no such cache before")
+def test_models_without_attention_in_some_layers_are_sampled_too():
+    """Their cache holds states in place of keys and values."""
+    torch.manual_seed(0)
+    shape = dict(vocab_size=len(TOKENIZER), hidden_size=16, intermediate_size=16, num_attention_heads=2,
+                 num_key_value_heads=1, num_hidden_layers=2, layer_types=["conv", "full_attention"], eos_token_id=EOS)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("lfm2", **shape)).eval()
+    expected = [model.generate(torch.tensor([prompt]), max_new_tokens=9, do_sample=False)[0, len(prompt):].tolist()
+                for prompt in PROMPTS]
+    assert icrl.sample(model, TOKENIZER, PROMPTS, 9, temperature=0.0, chunk=4)[0] == expected
+
+
+def test_what_does_not_fit_in_the_context_is_refused():
+    model = tiny_model(max_position_embeddings=20)
+    icrl.sample(model, TOKENIZER, PROMPTS, 7)                 # the longest prompt has 13 tokens
+    with pytest.raises(icrl.UsageError, match="13 tokens and 8 new ones do not fit in the model's context of 20"):
+        icrl.sample(model, TOKENIZER, PROMPTS, 8)
+
+
 # -------------------------------------------------------------------------------------------------------- log-probs
 
 def naive_logprobs(model, prompt, completion, temperature):
@@ -494,6 +515,14 @@ def test_log_probs_are_those_of_one_sequence_after_the_other(temperature):
         assert logp[row, :len(naive)].tolist() == pytest.approx([x.item() for x in naive], abs=1e-5)
         assert mask[row].tolist() == [1] * len(naive) + [0] * (mask.shape[1] - len(naive))
         assert logp[row, len(naive):].eq(0).all()
+
+
+def test_checkpointing_brings_no_dropout_back():
+    """Trap 4: it needs layers in training mode, but nothing in them."""
+    model = tiny_model(attention_dropout=0.5)
+    expected, _ = icrl.completion_logprobs(model, PROMPTS, PROMPTS)
+    model.gradient_checkpointing_enable()
+    assert icrl.completion_logprobs(model.train(), PROMPTS, PROMPTS)[0].equal(expected)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -555,7 +584,7 @@ def script(monkeypatch, *calls):
 
 
 def last_word_is_reward(monkeypatch):
-    monkeypatch.setattr(icrl, "outcome_reward", lambda text, answer, truncated: float(text.split()[-1]))
+    monkeypatch.setattr(icrl, "outcome_reward", lambda text, problem, truncated: float(text.split()[-1]))
 
 
 def test_a_session_of_three_rounds(monkeypatch):
@@ -1075,7 +1104,7 @@ def test_a_leak_is_a_critique_that_states_the_answer(critique, answer, leaks):
 @pytest.mark.parametrize("training", [True, False])
 def test_evaluation_leaves_no_trace(training, monkeypatch):
     """Trap 27: neither in any random state nor in the model's mode; and it says the same twice."""
-    monkeypatch.setattr(icrl, "outcome_reward", lambda text, answer, truncated: len(text) % 3 / 2)
+    monkeypatch.setattr(icrl, "outcome_reward", lambda text, problem, truncated: len(text) % 3 / 2)
     model, config = tiny_model().train(training), icrl.Config(max_response=4, max_critique=4, eval_samples=9)
     before = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
     figures = icrl.evaluate(model, TOKENIZER, [SIX, TWO], config)
@@ -1137,7 +1166,7 @@ def test_eval_with_a_critic_that_spells_in_other_tokens(tmp_path, monkeypatch, c
     assert encode("7<|end|>", other) == [255 - encode("7")[0], other.eos_token_id] != encode("7<|end|>")
     tiny_model(eos_token_id=other.eos_token_id, pad_token_id=other.pad_token_id).save_pretrained(critic)
     problems = [{"problem": "6 * 7?", "answer": "42", "kind": "a"}, {"problem": "7 * 6?", "answer": "42", "kind": "a"},
-                {"problem": "40 + 2?", "answer": "42", "kind": "b"}]
+                {"problem": "40 + 2?", "answer": "42", "kind": 0}]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, problems)))
     r, w = r"\boxed{42}", r"\boxed{13}"
     critiques = ["one", "two", "It is 42.", "four", "five", "six"]
@@ -1156,7 +1185,7 @@ def test_eval_with_a_critic_that_spells_in_other_tokens(tmp_path, monkeypatch, c
         "after_gated": (5 / 6, sd([1, 0.5, 1]) / 3 ** 0.5), "after_ungated": (4 / 6, sd([0.5, 0.5, 1]) / 3 ** 0.5),
         "wrong_to_right": (2 / 3, 2 / 9), "right_to_wrong": (1 / 3, 4 / 9), "truncated": (0, 0),
         "leaks": (1 / 6, sd([0, 0.5, 0]) / 3 ** 0.5), "pass@1 a": (1 / 4, sd([0.5, 0]) / 2 ** 0.5),
-        "pass@1 b": (1, math.nan)}
+        "pass@1 0": (1, math.nan)}
     for name, (value, deviation) in by_hand.items():
         assert figures[name] == pytest.approx([value, 1.96 * deviation], nan_ok=True), name
     with open(tmp_path / "eval" / "responses.jsonl") as file:
@@ -1185,7 +1214,7 @@ def test_eval_takes_all_problems_and_as_many_samples_as_it_is_told():
 
 # --------------------------------------------------------------------------------------------------------- training
 
-def number_of_letters(text, answer, truncated):
+def number_of_letters(text, problem, truncated):
     return len(text) % 3 / 2
 
 
@@ -1385,6 +1414,14 @@ def test_where_going_on_would_not_help_nobody_is_told_to(short_run, undisturbed,
     for flags in (["--data", "nothing.jsonl", "--heldout", "nothing.jsonl"], []):
         assert icrl.main([*arguments(short_run), *flags]) == 2
         assert "is saved" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("settings", [{"out": ""}, {"weight": "odd"}, {"rounds": 1}, {"model": icrl.HERE}], ids=str)
+def test_train_checks_its_settings_itself(settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(icrl.UsageError, match=f"--{next(iter(settings))}"):
+        icrl.train(icrl.Config(**{"out": "run", **settings}))
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_run_killed_while_it_wrote_its_first_file_can_be_started_again(short_run, undisturbed):

@@ -105,7 +105,7 @@ def icrl_step(work, folder):
         asked = icrl.load_problems(config.data)
     else:
         icrl.GenerationConfig = functools.partial(icrl.GenerationConfig, suppress_tokens=suppressed(work, tokenizer))
-        icrl.outcome_reward = lambda text, answer, truncated: REWARD()
+        icrl.outcome_reward = lambda text, problem, truncated: REWARD()
 
     def counted(model, prompts, completions, temperature):
         trained.append(torch.is_grad_enabled() * sum(map(len, [*prompts, *completions])))
