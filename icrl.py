@@ -695,16 +695,21 @@ def save(run, model, tokenizer, optimizer, state):
     # Matched by memory address: the optimiser knows no names, and a tied weight has two in the state.
     float32 = {weight.data_ptr(): copy.detach()
                for weight, copy in zip(model.parameters(), optimizer.param_groups[0]["params"])}
+    # Older versions of transformers refuse to save some generation configs, such as a temperature without sampling.
+    of_checkpoint, model.generation_config = model.generation_config, GenerationConfig()
     try:
         shutil.rmtree(new, ignore_errors=True)
         model.save_pretrained(new, state_dict={name: float32.get(tensor.data_ptr(), tensor)
                                                for name, tensor in model.state_dict().items()})
+        (new / "generation_config.json").write_text(of_checkpoint.to_json_string())
         tokenizer.save_pretrained(new)
         torch.save(optimizer.state_dict(), new / "optimizer.pt")
         write_json(new / "state.json", state)
         new.rename(run / f"checkpoint-{state['step']}")
     except (OSError, RuntimeError, SafetensorError) as error:         # torch and safetensors raise these on a full disk
         raise OSError(f"cannot save a checkpoint (is the disk full?): {error}") from error
+    finally:
+        model.generation_config = of_checkpoint
     for path in older:
         shutil.rmtree(path)
 

@@ -1952,6 +1952,8 @@ def test_a_checkpoint_cannot_say_how_to_sample(hostile, short_run, undisturbed):
     """Trap 1, from the file to the weights that come out."""
     put(generation_config=hostile)(icrl.Path(short_run.model))
     assert results(short_run, "hostile") == undisturbed
+    saved, = icrl.Path(short_run.out).with_name("hostile").glob("checkpoint-*/generation_config.json")
+    assert json.loads(saved.read_text()).items() >= hostile.items()                          # others may want it
 
 
 def test_a_run_from_the_command_line(tmp_path, capsys):
