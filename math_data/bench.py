@@ -294,7 +294,8 @@ def scaling(path):
     columns = ["tokens", "trained", "cpu", "sampling", "update", "MB"]
     print(f"| work | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     for row in csv.DictReader(open(path)):
-        print(f"| {row['work']} | {' | '.join(f'{float(row[key]):,.4g}' for key in columns)} |")
+        values = [float(row[key]) for key in columns]
+        print(f"| {row['work']} | {' | '.join(f'{x:,.0f}' if x >= 100 else f'{x:.2g}' for x in values)} |")
 
 
 def main():
