@@ -130,7 +130,7 @@ PRESETS = {
                   max_response=2048, max_critique=1024, bf16=True, checkpointing=True, sample_batch=32,
                   micro_tokens=8192, optimizer_on="cpu", eval_every=10, show_every=1, save_every=50),
     # 16 problems x 8 sessions, K = 2, temperature 1 and w_max 2 are the paper's too. A model of 0.1 B parameters needs
-    # --examples and a lower temperature to find any answer, and its critiques put nothing right (README).
+    # --examples and a lower temperature to find any answer, and its critiques put next to nothing right (README).
 }
 
 
