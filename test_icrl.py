@@ -619,6 +619,7 @@ def test_a_right_attempt_is_criticised_only_on_request(monkeypatch):
     last_word_is_reward(monkeypatch)
     script(monkeypatch, ["1.0"], ["1.0"], ["tip"], ["0.0"])
     assert len(icrl.rollout(NOBODY, TOKENIZER, [SIX], icrl.Config(samples=1, rounds=2))) == 1
+    assert icrl.rollout(NOBODY, TOKENIZER, [SIX], icrl.Config(samples=1, rounds=2), first=[]) == []
     ungated = icrl.rollout(NOBODY, TOKENIZER, [SIX], icrl.Config(samples=1, rounds=2), gated=False)
     assert [t.reward for t in ungated] == [1.0, -1.0, 0.0]
 
