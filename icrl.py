@@ -27,6 +27,7 @@ How to read it: configuration, prompts, sampling, sessions, equations and update
 evaluation and comparison run and measure it. Problems, the answer checker and the command line come last.
 """
 import argparse
+import cmath
 import contextlib
 import csv
 import dataclasses
@@ -47,7 +48,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mpmath import fp                                         # comes with torch, by way of sympy
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
@@ -945,9 +945,9 @@ def evaluate_file(config):
     for model, tokenizer in (solver, critic):
         check_context(model, tokenizer, problems, config)
         place(model, config)
+    out.mkdir(parents=True, exist_ok=True)
     with fixed_draws(solver[0], config.seed):
         turns = rollout(*solver, problems, evaluation_config(config), critic, gated=False)
-    out.mkdir(parents=True, exist_ok=True)
     with open(out / "responses.jsonl", "w") as file:
         log_sessions(file, turns, problems)
     figures = {name: clustered(pairs) for name, pairs in outcomes(turns, problems).items() if pairs}
@@ -1198,7 +1198,8 @@ def load_examples(config):
 
 # --------------------------------------------------------------------------------------------------- answer checking
 #
-# (To copy it, take all from here to "command line", and the imports itertools, random, re, Fraction, operator and fp.)
+# (To copy it, take all from here to "command line", and what it imports: cmath, itertools, math, random, re, Fraction,
+# operator.)
 #
 # Find the box, bring both answers to one spelling, compare them part by part.
 #
@@ -1221,8 +1222,9 @@ SPELLED = r"\\(?:begin|end)\{\w*\}|\^\{\\circ *\}|\^(?:\\circ|°)|\\! *|\\[A-Za-
 
 UNITS = "cm|km|inches|feet|miles|units|kg|grams|dollars|cents|percent\\w*|pct|degrees|hours|days|weeks|years"
 GREEK = "alpha|beta|gamma|delta|epsilon|zeta|eta|theta|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|chi|psi|omega"
-FUNCTIONS = {name: getattr(fp, name.replace("arc", "a")) for name in (
-    "sqrt exp ln log sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan".split())}
+FUNCTIONS = {**{name: getattr(cmath, name.replace("arc", "a")) for name in (
+    "sqrt exp log sin cos tan sinh cosh tanh arcsin arccos arctan".split())}, "ln": cmath.log,
+    "cot": lambda z: 1 / cmath.tan(z), "sec": lambda z: 1 / cmath.cos(z), "csc": lambda z: 1 / cmath.sin(z)}
 NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?"
 VARIABLE = rf"(?:[A-Za-z∞]|\\(?i:(?:var)?(?:{GREEK}))(?![A-Za-z]))(?:_(?:\{{[^{{}}]*\}}|\w))?'*"
 LABEL = rf"(?:(?:{VARIABLE}|[A-Z]+|[A-Za-z]{{3,}})(?:\([\w,\\]+\))?|\([a-z,]+\))"  # x, f(x), AB, Area, (p,q)
@@ -1364,7 +1366,7 @@ def _same_value(gold, pred):
 def _power(base, exponent):
     if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1:
         # 9^{9^9} would fill the memory. "Not a number" is equal to nothing.
-        return base ** (exponent if len(str(base)) * abs(exponent) <= 1000 else fp.nan)
+        return base ** (exponent if len(str(base)) * abs(exponent) <= 1000 else math.nan)
     return (complex(base) + 0) ** complex(exponent)           # + 0 turns an imaginary part of -0 into 0
 
 
@@ -1372,7 +1374,7 @@ def _power(base, exponent):
 OPERATORS = {"=": (1, 1, sub), "+": (2, 2, add), "-": (2, 2, sub), "*": (3, 4, mul), "/": (3, 4, truediv),
              " ": (4, 4, mul), "^": (6, 5, _power)}
 CLOSING = {"(": ")", "[": "]", "{": "}"}
-CONSTANTS = {r"\pi": fp.pi, "e": fp.e, "i": 1j}
+CONSTANTS = {r"\pi": math.pi, "e": math.e, "i": 1j}
 
 
 def _value(text, trial):
@@ -1403,15 +1405,15 @@ def _value(text, trial):
         if token == r"\frac":
             return operand() / operand()
         if token[1:] in FUNCTIONS:
-            base = rest.pop() and operand() if rest[-1] == "_" else fp.e                # \log_2 x
+            base = rest.pop() and operand() if rest[-1] == "_" else math.e                # \log_2 x
             exponent = rest.pop() and formula(5) if rest[-1] == "^" else Fraction(1)    # \sin^2 x
             argument = operand() if rest[-1] in CLOSING else formula(3)
-            return _power(FUNCTIONS[token[1:]](complex(argument) + 0) / fp.ln(complex(base)), exponent)   # ln e = 1
+            return _power(FUNCTIONS[token[1:]](complex(argument) + 0) / cmath.log(complex(base)), exponent)   # ln e = 1
         if token in CONSTANTS:
             return CONSTANTS[token]
         if re.fullmatch(VARIABLE, token):
             draw = random.Random(f"{re.sub('[{}]', '', token)} {trial}")
-            return fp.rect(draw.uniform(1, 4), draw.uniform(0.1, 0.3))
+            return cmath.rect(draw.uniform(1, 4), draw.uniform(0.1, 0.3))
         return Fraction(token)
 
     value = formula(0)

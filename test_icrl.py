@@ -1206,6 +1206,11 @@ def test_an_eval_that_failed_can_be_tried_again(trouble, tmp_path, monkeypatch):
     assert icrl.main(f"eval --out {tmp_path} --eval_problems 1 --max_response 9 --max_critique 9".split()) == 0
 
 
+def test_eval_finds_out_before_its_work_that_it_cannot_write(monkeypatch):
+    monkeypatch.setattr(icrl, "rollout", lambda *_, **__: fail(AssertionError()))
+    assert icrl.main("eval --out /proc/run".split()) == 2
+
+
 def test_eval_takes_all_problems_and_as_many_samples_as_it_is_told():
     assert icrl.parse(["eval"])[0].data == icrl.Config.heldout
     assert icrl.parse(["eval"])[0].eval_problems > 10 ** 6 > icrl.parse([])[0].eval_problems
