@@ -10,9 +10,9 @@ One language model plays two roles, told apart by their prompts alone.
      likely counts little: w_t = pi(y_t | q) / pi(y_t | q, c)                                             (Eq. 4).
   4. Advantages are normalised per (problem, role), so that critics compete with critics                  (Eq. 5).
   5. One clipped policy-gradient step moves both roles at once                                            (Eq. 6).
-With --method grpo the critic is off and what is left is plain GRPO: read ICRL as the difference.
+With --method grpo the critic is off and what is left is plain GRPO, without a KL term: read ICRL as the difference.
 
-Where this file departs from the paper, why, and the switch:
+Where this file departs from the paper or fills what that leaves open, and why:
   a. The default model is a 0.43 M parameter toy that ships with the code, so that the method can be watched on a
      laptop; its learning rate and lengths suit it. --preset qwen3 has the paper's hyper-parameters.
   b. Sampling is Hugging Face `generate`, not an inference server: slower, but one set of weights samples and scores.
@@ -125,7 +125,7 @@ class Config:
 PRESETS = {
     "tiny": {},                                               # the defaults of Config
     "hints": dict(model=f"{HERE}/math_data/hints/model", data=f"{HERE}/math_data/hints/train.jsonl",
-                  heldout=f"{HERE}/math_data/hints/heldout.jsonl"),              # a world whose critiques teach nothing
+                  heldout=f"{HERE}/math_data/hints/heldout.jsonl"),            # critiques hand over a value, no method
     "qwen3": dict(model="Qwen/Qwen3-4B-Instruct-2507", lr=1e-6, weight_decay=0.1, clip_high=0.28, steps=300,
                   max_response=2048, max_critique=1024, bf16=True, checkpointing=True, sample_batch=32,
                   micro_tokens=8192, optimizer_on="cpu", eval_every=10, show_every=1, save_every=50),
@@ -347,12 +347,12 @@ def rollout(model, tokenizer, problems, config, critic=None, gated=True, first=N
         free_prompts = [free[session // samples] for session in sessions] if role == "solver" else prompts
         completions, truncated = [], []
         for i in range(0, len(prompts), config.sample_batch):
-            # Faster than no_grad; but in inference mode autocast would cast every weight again for every token.
+            # Inference mode is faster, but not in bfloat16: there autocast would cast every weight for every token.
             with torch.inference_mode(not config.bf16), autocast(who[0], config):
                 more = sample(*who, prompts[i:i + config.sample_batch], limit, config.temperature)
             completions, truncated = completions + more[0], truncated + more[1]
         texts = who[1].batch_decode(completions, skip_special_tokens=True)
-        if who[1].decode(prompts[0][-8:]).rstrip().endswith("<think>"):     # the template has begun the thoughts
+        if who[1].decode(prompts[0][-8:]).rstrip().endswith("<think>"):     # so the template ends every prompt
             texts = [f"<think>{text}" for text in texts]
         return [Turn(session // samples, session, round, role, *rest)
                 for session, *rest in zip(sessions, prompts, free_prompts, completions, texts, truncated)]
@@ -394,7 +394,11 @@ def rollout(model, tokenizer, problems, config, critic=None, gated=True, first=N
 # ---------------------------------------------------------------------------------------------------- the equations
 
 def critic_reward(before, after):
-    """Eq. 3: what a critique earns, from the rewards (floats) of the attempts before and after it. Success pays 1."""
+    """Eq. 3: what a critique earns, from the rewards (floats) of the attempts before and after it.
+
+    With rewards of 0 or 1 and only failures criticised it is just `after`; the difference is for partial rewards.
+    Nothing is deducted for a critique that states the answer: `leaks` counts them.
+    """
     return 1.0 if after == 1.0 else after - before
 
 
@@ -451,8 +455,8 @@ def icrl_objective(logp, logp_old, advantages, weights, mask, clip_low=0.2, clip
     logp, logp_old: (B, T) float32, both under the critique-free prompt, now and at the rollout, finite on the padding
     too; weights, mask: (B, T); advantages: (B,). Returns the mean over each sample's tokens, then over the B samples.
 
-    The weight stays outside the min: clipping w_t rho_t would let w decide what is clipped, and a cap inside,
-    min(w x, w_max x), would take the larger weight where x < 0.
+    The weight stays outside the min: clipping w_t rho_t would let w decide what is clipped. And w is capped before it
+    meets A: min(w A, w_max A) would pick the larger weight where A < 0.
     """
     rho = (logp - logp_old.detach()).exp()
     A = advantages[:, None]
@@ -463,7 +467,7 @@ def icrl_objective(logp, logp_old, advantages, weights, mask, clip_low=0.2, clip
 # ------------------------------------------------------------------------------------------------------- the update
 
 def group_key(turn, groups):
-    """Whom a turn's reward is compared with."""
+    """Whom a turn's reward is compared with. By role, revisions compete with first attempts: both train pi(. | q)."""
     return {"role": (turn.query, turn.role), "role_round": (turn.query, turn.role, turn.round),
             "pooled": turn.query}[groups]
 
@@ -554,7 +558,7 @@ def update(model, optimizer, turns, config):
     # By the length under `prompt`, which for a revision is the longer of its two.
     batches = [[active[i] for i in batch] for batch in
                micro_batches([len(turns[i].prompt) + len(turns[i].completion) for i in active], config.micro_tokens)]
-    rollout_terms, ratios = [], []                            # of each micro-batch: (pi_old, w); w where guided
+    rollout_terms, ratios = [], []                            # of each micro-batch: (log pi_old, w); w of guided tokens
     for inner in range(config.inner_steps if active else 0):
         stats["objective"] = 0.0
         for number, batch in enumerate(batches):
