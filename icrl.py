@@ -1,180 +1,198 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""ICRL in one file: a model learns from its own critique, and then no longer needs it (arXiv 2605.15224).
+"""ICRL in one file: a language model learns from its own critique until it no longer needs it (arXiv 2605.15224).
 
-One language model plays two roles, told apart by their prompts alone.
-  1. The solver attempts a problem. If it fails, the critic (same weights) writes a critique of the attempt, and the
-     solver tries afresh with the critique in its prompt: a session of at most K attempts (Algorithm 1).
-  2. The critic is paid by what its critique did for the solver                                           (Eq. 3).
-  3. A guided revision trains the solver *as if it had never seen the critique*; a token that only the critique made
-     likely counts little: w_t = pi(y_t | q) / pi(y_t | q, c)                                             (Eq. 4).
-  4. Advantages are normalised per (problem, role), so that critics compete with critics                  (Eq. 5).
-  5. One clipped policy-gradient step moves both roles at once                                            (Eq. 6).
-With --method grpo the critic is off and what is left is plain GRPO, without a KL term: read ICRL as the difference.
+One model plays two roles. Only the prompt tells them apart. The solver attempts a problem q. If the attempt fails, the
+critic (the same weights) writes a critique c of it. The solver then tries again with c in its prompt. This second
+attempt y is called a revision. One policy-gradient step then trains both roles:
 
-Where this file departs from the paper or fills what that leaves open, and why:
-  a. The default model is a 0.43 M parameter toy that ships with the code, so that the method can be watched on a
-     laptop; its learning rate and lengths suit it. --preset qwen3 has the paper's hyper-parameters.
-  b. Sampling is Hugging Face `generate`, not an inference server: slower, but one set of weights samples and scores.
-     Every log-prob is computed by `completion_logprobs`; between sampler and scorer there is only rounding.
-  c. Group statistics use the unbiased standard deviation, and groups of one or of equal rewards give exactly 0
-     (the paper leaves both open).
-  d. Eq. 6 is averaged over each sample's tokens and then over samples; the paper writes one expectation over both.
-  e. A batch in which no group has an advantage takes no step: AdamW would move the weights all the same.
-What the authors' released code does differently from their paper is listed in the README.
+    Eq. 3   A critique earns 1 if the revision is right. Otherwise it earns what the revision gained over the attempt.
+    Eq. 4   A revision is trained as if the solver had seen q alone. Each of its tokens y_t has the weight
+            w_t = pi(y_t | q, y_<t) / pi(y_t | q, c, y_<t), at most 2. A token that only c made likely counts little.
+    Eq. 5   An advantage A is a reward, normalised among turns of the same problem and the same role.
+    Eq. 6   J = mean of w_t min(rho_t A, clip(rho_t) A). Here rho_t = pi / pi_old, both without c in the prompt.
 
-How to read it: configuration, prompts, sampling, sessions, equations and update are the method. Training,
-evaluation and comparison run and measure it. Problems, the answer checker and the command line come last.
+With --method grpo there is no critic. What is left is GRPO without a KL term, so you can read ICRL as the difference.
+
+    python icrl.py                                                     trains the small model that comes with this file
+    python icrl.py --preset qwen3 --data train.jsonl --heldout test.jsonl             trains Qwen3-4B on your problems
+
+Read from top to bottom: settings, equations, prompts, sampling, sessions, update. That is the whole method. Training,
+evaluation, the problem files, the answer checker and the command line follow. A comment that begins with "Paper:" says
+where this file departs from the paper, or what it does where the paper leaves a choice open.
 """
-import argparse
 import cmath
-import contextlib
-import csv
 import dataclasses
-import functools
 import itertools
 import json
 import math
 import random
 import re
-import shutil
-import signal
 import sys
 import time
-from collections import defaultdict
 from fractions import Fraction
-from operator import add, mul, sub, truediv
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
-from transformers.utils import logging as hf_logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, logging
+from transformers.hf_argparser import HfArg, HfArgumentParser
 
 HERE = Path(__file__).resolve().parent
 
 
 class UsageError(ValueError):
-    """What the user asked for cannot be done; the message says what is wrong, where, and what to do."""
+    """The user asked for something that cannot be done. The message says what is wrong and where."""
 
 
-# ---------------------------------------------------------------------------------------------------- configuration
-
-def flag(default, help, choices=None, low=None, resumes=False):
-    """A field of Config; low is the least allowed value, and `resumes` lets --resume change it."""
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, low=low, resumes=resumes))
-
+# ---------------------------------------------------------------------------------------------------------- settings
 
 @dataclasses.dataclass
 class Config:
-    """Every setting of a run; each field is a command-line flag of the same name."""
-    preset: str = flag("tiny", "settings to start from; other flags override them", ("tiny", "hints", "qwen3"))
-    model: str = flag(str(HERE / "math_data" / "model"), "Hugging Face model, a name or a folder")
-    data: str = flag(str(HERE / "math_data" / "train.jsonl"), "problems (JSONL) to train on; of eval: to measure")
-    heldout: str = flag(str(HERE / "math_data" / "heldout.jsonl"), "evaluation problems (JSONL)")
-    examples: str = flag("", "problems with a worked `solution` (JSONL), shown to the solver as earlier turns of the "
-                         "chat; for a model that does not keep to the form of an answer by itself")
-    out: str = flag("", "run folder; empty: runs/ and the time")
-    seed: int = flag(0, "seed of everything random", low=0)
-    device: str = flag("auto", "cpu, cuda, ...; auto: the GPU if there is one", resumes=True)
-
-    method: str = flag("icrl", "grpo is the same without a critic, K = 1", ("icrl", "grpo"))
-    critic: str = flag("trained", "who criticises: the model itself; frozen: the model before training; placebo: "
-                       "nobody, each critique is 'Try again.'; retry: nobody, just a second try; shuffled: the model, "
-                       "but each session gets the critique of another problem; of eval: any model, by its name",
-                       ("trained", "frozen", "placebo", "retry", "shuffled"))
-    weight: str = flag("token", "of a revision's tokens: w_t of Eq. 4; one: 1; sequence: one ratio for all of them; "
-                       "shaped: Critique-GRPO's p / (p + 0.1)", ("token", "one", "sequence", "shaped"))
-    groups: str = flag("role", "whose rewards are compared: same problem and role (Eq. 5); role_round: and round; "
-                       "pooled: same problem", ("role", "role_round", "pooled"))
-
-    queries: int = flag(16, "problems per step", low=1)
-    samples: int = flag(8, "sessions per problem (G)", low=1)
-    rounds: int = flag(2, "attempts per session at most (K)", low=1)
-    max_response: int = flag(48, "tokens per attempt at most", low=1)
-    max_critique: int = flag(48, "tokens per critique at most", low=1)
-    temperature: float = flag(1.0, "of sampling and of every log-prob", low=1e-3)
-    thinking: bool = flag(False, "let a hybrid model think before it answers or criticises")
-
-    steps: int = flag(65, "training steps", low=1, resumes=True)
-    token_limit: int = flag(0, "stop after so many generated tokens (0: no limit)", low=0)
-    inner_steps: int = flag(1, "optimiser steps per rollout; from the second on, rho is not 1", low=1)
-    lr: float = flag(3e-4, "learning rate, constant", low=0.0)
-    weight_decay: float = flag(0.0, "of AdamW", low=0.0)
-    grad_clip: float = flag(1.0, "largest gradient norm; inf: any", low=1e-6)
-    clip_low: float = flag(0.2, "with A < 0, rho below 1 - clip_low has no gradient", low=0.0)
-    clip_high: float = flag(0.2, "with A > 0, rho above 1 + clip_high has no gradient", low=0.0)
-    w_max: float = flag(2.0, "cap of the calibration ratio w", low=0.0)
-    sample_batch: int = flag(256, "completions generated at a time; fewer need less memory, and draw other samples",
-                             low=1, resumes=True)
-    micro_tokens: int = flag(1024, "tokens per forward pass of the update; fewer need less memory", low=1, resumes=True)
-    bf16: bool = flag(False, "compute in bfloat16; weights and optimiser stay float32")
-    checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower", resumes=True)
-    optimizer_on: str = flag("device", "cpu: weights in float32 and AdamW's state stay in the memory of the host; less "
-                             "memory on the GPU, slower", ("device", "cpu"), resumes=True)
-
-    eval_every: int = flag(13, "steps between evaluations (0: before and after only)", low=0)
-    eval_problems: int = flag(240, "problems per evaluation at most", low=1)
-    eval_samples: int = flag(1, "sessions per problem in an evaluation (k)", low=1)
-    show_every: int = flag(15, "steps between printed sessions (0: none)", low=0, resumes=True)
-    save_every: int = flag(25, "steps between checkpoints (0: at the end only)", low=0, resumes=True)
+    """All settings of a run. Each field is also a command-line flag."""
+    preset: Literal["tiny", "qwen3"] = HfArg(default="tiny", help="the defaults of all other flags")
+    resume: str = HfArg(default="", help="continue the run in this folder, with its own settings")
+    out: str = HfArg(default="", help="folder of the run; empty: a new folder in runs/")
+    model: str = HfArg(default=f"{HERE}/math_data/remedies/model", help="Hugging Face model: a name or a folder")
+    data: str = HfArg(default=f"{HERE}/math_data/remedies/train.jsonl", help="training problems (JSONL)")
+    heldout: str = HfArg(default=f"{HERE}/math_data/remedies/heldout.jsonl", help="evaluation problems (JSONL)")
+    device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    seed: int = HfArg(default=0, help="seed of all random draws")
+    # sessions
+    method: Literal["icrl", "grpo"] = HfArg(default="icrl", help="grpo: one attempt per session and no critic")
+    queries: int = HfArg(default=16, help="problems per step")
+    samples: int = HfArg(default=8, help="sessions per problem (G)")
+    rounds: int = HfArg(default=2, help="attempts per session at most (K)")
+    max_response: int = HfArg(default=48, help="tokens per attempt at most")
+    max_critique: int = HfArg(default=48, help="tokens per critique at most")
+    temperature: float = HfArg(default=1.0, help="used for sampling and for every log-prob")
+    # update
+    steps: int = HfArg(default=50, help="training steps; 0: only evaluate --model on --heldout")
+    inner_steps: int = HfArg(default=1, help="optimiser steps per rollout; rho differs from 1 only after the first")
+    lr: float = HfArg(default=4e-4, help="learning rate (constant)")
+    # memory
+    sample_batch: int = HfArg(default=0, help="completions sampled at a time; 0: as many as fit (on a CPU, 256)")
+    micro_tokens: int = HfArg(default=1024, help="tokens per forward pass of the update")
+    bf16: bool = HfArg(default=False, help="compute in bfloat16; keep float32 weights and AdamW in the host's memory")
+    checkpointing: bool = HfArg(default=False, help="recompute activations in the backward pass to save memory")
+    # evaluation
+    eval_every: int = HfArg(default=25, help="steps between evaluations; 0: only before and after training")
+    eval_problems: int = HfArg(default=240, help="held-out problems per evaluation at most")
+    eval_samples: int = HfArg(default=1, help="sessions per problem in an evaluation (k)")
+    save_every: int = HfArg(default=10, help="steps between checkpoints; 0: only at the end")
 
 
-PRESETS = {
-    "tiny": {},                                               # the defaults of Config
-    "hints": dict(model=f"{HERE}/math_data/hints/model", data=f"{HERE}/math_data/hints/train.jsonl",
-                  heldout=f"{HERE}/math_data/hints/heldout.jsonl"),            # critiques hand over a value, no method
-    "qwen3": dict(model="Qwen/Qwen3-4B-Instruct-2507", lr=1e-6, weight_decay=0.1, clip_high=0.28, steps=300,
-                  max_response=2048, max_critique=1024, bf16=True, checkpointing=True, sample_batch=32,
-                  micro_tokens=8192, optimizer_on="cpu", eval_every=10, show_every=1, save_every=50),
-    # 16 problems x 8 sessions, K = 2, temperature 1 and w_max 2 are the paper's too. A model of 0.1 B parameters needs
-    # --examples and a lower temperature to find any answer, and its critiques put next to nothing right (README).
-}
+# The paper's settings, but for the lengths (2048 and 1024 there) and the steps (300 there): these fit in one night.
+PRESETS = {"tiny": {}, "qwen3": dict(
+    model="Qwen/Qwen3-4B-Instruct-2507", lr=1e-6, steps=100, max_response=1024, max_critique=512, bf16=True,
+    checkpointing=True, micro_tokens=4096, eval_every=20, eval_problems=128)}
+MAY_BE_0 = "seed steps lr sample_batch eval_every save_every".split()
 
 
-# ---------------------------------------------------------------------------------------------------------- prompts
+def check(config):
+    """Raise UsageError for settings that are out of range, or with which nothing could be learnt."""
+    for name, value in vars(config).items():
+        if type(value) in (int, float) and not (0 <= value <= 2**32 and (value > 0 or name in MAY_BE_0)):
+            raise UsageError(f"--{name} cannot be {value}")
+    if config.steps and (config.samples == 1 or config.method == "icrl" and config.rounds == 1):
+        raise UsageError("training needs --samples 2 or more and, with a critic, --rounds 2 or more")
+
+
+# ----------------------------------------------------------------------------------------------------- the equations
+
+def critic_reward(before, after):
+    """Eq. 3: the reward of a critique, from the rewards (floats) of the attempts before and after it.
+
+    If rewards are 0 or 1 and only failures are criticised, this is simply `after`.
+    """
+    return 1.0 if after == 1.0 else after - before
+
+
+def calibration_ratio(logp_free, logp_guided, w_max=2.0):
+    """Eq. 4: w_t = pi(y_t | q, y_<t) / pi(y_t | q, c, y_<t), at most w_max. No gradient flows through it.
+
+    logp_free, logp_guided: (B, T) float log-probs of the same revisions, without and with the critique in the prompt.
+    Both come from the weights that sampled the revisions. Returns (B, T). Only for revisions: every other token has
+    weight 1.
+    """
+    return (logp_free - logp_guided).detach().exp().clamp(max=w_max)
+
+
+def role_advantages(rewards, groups, delta=1e-6):
+    """Eq. 5: A_i = (r_i - mean) / (std + delta), with the mean and std of the group that i belongs to.
+
+    rewards: B floats. groups: B keys, for ICRL (problem, role). Returns (B,) float32.
+    Paper: the kind of std is left open; here it is the unbiased one. A group of one, or of equal rewards, gives exactly
+    0. Otherwise rounding noise, divided by delta, would look like a signal.
+    """
+    rewards = torch.as_tensor(rewards, dtype=torch.float32)
+    advantages = torch.zeros_like(rewards)
+    for key in set(groups):
+        members = [i for i, group in enumerate(groups) if group == key]
+        r = rewards[members]
+        if r.min() < r.max():
+            advantages[members] = (r - r.mean()) / (r.std() + delta)
+    return advantages
+
+
+def icrl_objective(logp, logp_old, advantages, weights, mask, clip_low=0.2, clip_high=0.28):
+    """Eq. 6, to be maximised: J = mean of w_t min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A).
+
+    logp, logp_old: (B, T) float log-probs without critique in the prompt, from the weights now and at the rollout.
+    advantages: (B,). weights: (B, T), w_t of Eq. 4 for revisions and 1 otherwise. mask: (B, T), 1 on real tokens and 0
+    on padding. Returns a scalar.
+    Paper: Eq. 6 has one expectation over samples and tokens. Here the mean is over the tokens of each sample, and then
+    over the B samples. This, and the two bounds of the clipping, are those of the authors' code.
+    """
+    rho = (logp - logp_old.detach()).exp()
+    A = advantages[:, None]
+    # The weight stands outside the min. Inside, it would change which tokens are clipped; and where A < 0, a min over
+    # capped and uncapped terms would choose the uncapped one.
+    J = weights.detach() * torch.min(rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A)
+    return ((J * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+
+
+# ----------------------------------------------------------------------------------------------------------- prompts
 
 SOLVER_SYSTEM = r"Solve the problem step by step and put the final answer in \boxed{}."
 CRITIC_SYSTEM = (
-    "You see a problem and a failed attempt. Name the most valuable mistake and give short, reusable tips "
-    "for a fresh attempt. Never state the final answer. Write the tips between <critique> and </critique>.")
+    "You see a problem and a failed attempt. Name the most valuable mistake and give short, reusable tips for a fresh "
+    "attempt. Never state the final answer. Write the tips between <critique> and </critique>.")
 
 
-def solver_messages(problem, critique=None, examples=()):
-    """Chat messages for an attempt at `problem`, with the latest critique if there is one.
+def solver_messages(problem, critique=""):
+    """Chat messages that ask for an attempt at `problem`, with the latest critique if there is one.
 
-    A revision is a fresh attempt: it sees neither the failed attempt nor older critiques nor a reward. Without a
-    critique (None or empty) the messages are, to the byte, those of a first attempt; these are also the ones under
-    which a revision is trained. examples: problems with a `solution`, which come first, as turns of the same chat.
+    A revision is a fresh attempt. Its prompt holds no failed attempt, no older critique and no reward. Without a
+    critique (empty or None) these are the messages of a first attempt. Revisions are trained under those too.
     """
     tips = f"\n\nTips from the critic of an earlier attempt:\n{critique}" if critique else ""
-    shown = [{"role": role, "content": example[field]} for example in examples
-             for role, field in (("user", "problem"), ("assistant", "solution"))]
-    return [{"role": "system", "content": SOLVER_SYSTEM}, *shown, {"role": "user", "content": problem + tips}]
+    return [{"role": "system", "content": SOLVER_SYSTEM}, {"role": "user", "content": problem + tips}]
 
 
 def critic_messages(problem, attempt):
-    """Chat messages that ask for a critique of a failed attempt; the gold answer is not among the arguments."""
+    """Chat messages that ask for a critique of a failed attempt. The right answer is not given to the critic."""
     return [{"role": "system", "content": CRITIC_SYSTEM},
             {"role": "user", "content": f"Problem:\n{problem}\n\nFailed attempt:\n{attempt}"}]
 
 
 def extract_critique(text):
-    """The critique in what the critic wrote: the text in the last <critique> tags, or all of it without tags."""
-    text = text.rpartition("</think>")[2].partition("<think>")[0]            # no thoughts, nor one that was cut off
+    """The text in the last <critique> tags, or all of it if there are no tags; without a model's thoughts."""
+    text = text.rpartition("</think>")[2].partition("<think>")[0]
     return text.rpartition("<critique>")[2].partition("</critique>")[0].strip()
 
 
-def encode_chat(tokenizer, messages, thinking=False):
-    """Token ids of a chat prompt that ends where the assistant's turn begins.
+def encode_chat(tokenizer, messages):
+    """Token ids (a list) of a chat prompt, from a system and a user message. It ends where the assistant begins.
 
-    Contents are data. An attempt or a critique is model output inside a user's turn, so whatever spells a control
-    token (<|im_end|>; those that the tokenizer calls special) is taken out of it, again and again: taking one out can
-    put another together.
+    An attempt or a critique is model output that stands in a user's turn. So every control token, such as <|im_end|>,
+    is removed from it first: it could end the turn. Removing one can put another together, hence the loop. A hybrid
+    model such as Qwen3 is asked not to think.
     """
-    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    control = [token.content for token in tokenizer.added_tokens_decoder.values()
+               if token.special or token.content.strip() and token.content in tokenizer.get_chat_template()]
 
     def clean(text):
         while any(token in text for token in control):
@@ -183,86 +201,91 @@ def encode_chat(tokenizer, messages, thinking=False):
         return text
 
     messages = [{**message, "content": clean(message["content"])} for message in messages]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
+    system, user = (message["content"] for message in messages)
+    options = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    try:
+        text = tokenizer.apply_chat_template(messages, **options)
+    except Exception:                               # some templates refuse a system turn, each with its own error
+        text = ""
+    if system not in text:                          # and some drop it without an error
+        text = tokenizer.apply_chat_template([{"role": "user", "content": f"{system}\n\n{user}"}], **options)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-# --------------------------------------------------------------------------------------------------------- sampling
-
-def autocast(model, config):
-    """Compute in bfloat16 where --bf16 asks for it."""
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=config.bf16)
-
+# ------------------------------------------------------------------------------------------- sampling and log-probs
 
 def stop_tokens(model, tokenizer):
-    """The ids that end a completion: the tokenizer's EOS and any that the checkpoint's generation config adds."""
-    ids = model.generation_config.eos_token_id
-    ids = ids if isinstance(ids, (list, tuple)) else [ids]
-    return {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
+    """The set of token ids that end a completion.
+
+    These are the EOS ids of the tokenizer and of the checkpoint, and the token that ends the assistant's turn in the
+    chat template. The last one differs from EOS in some base models: without it, answers would never end.
+    """
+    eos = model.generation_config.eos_token_id
+    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "zebra"}]
+    after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("zebra")[2]
+    ends = [i for i, t in tokenizer.added_tokens_decoder.items() if t.special and after.startswith(t.content)]
+    return {*ends, tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+
+
+def rows_that_fit(model, tokens):
+    """How many rows of `tokens` tokens can be sampled at once: as many as fill 70% of the free memory of the GPU.
+
+    A row needs its key-value cache (Qwen3-4B in bfloat16: 147,456 bytes a token) and about four copies of its logits
+    in float32. On a CPU, memory is not asked for: 256 rows.
+    """
+    if model.device.type != "cuda":
+        return 256
+    torch.cuda.empty_cache()
+    config = model.config.get_text_config()
+    heads = config.to_dict().get("num_key_value_heads") or config.num_attention_heads
+    size = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
+    cache = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize        # keys and values of a token
+    return max(1, int(0.7 * torch.cuda.mem_get_info(model.device)[0] / (tokens * cache + 16 * config.vocab_size)))
 
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, chunk=16):
-    """One completion per prompt by Hugging Face `generate`; temperature 0 is greedy.
+    """Sample one completion for each prompt with Hugging Face `generate`. Temperature 0 is greedy.
 
-    prompts: lists of token ids, none empty, at least one. Returns (completions, truncated): token-id lists up to and
-    including the first stop token, and a bool each for having reached `max_new_tokens` without one.
+    prompts: lists of token ids, none empty. Returns (completions, truncated). Completions are lists of token ids up to
+    and including the first stop token. truncated: a bool for each, True if it has no stop token within max_new_tokens.
 
-    All prompts are one batch. Three things keep it cheap: equal prompts are read once and their cache is copied;
-    `generate` makes `chunk` tokens a call and goes on from the cache; rows that have ended are dropped between calls.
+    All prompts form one batch. `generate` makes `chunk` tokens per call and continues from its cache. Between two calls
+    the finished rows leave the batch, so that short completions do not wait for long ones.
     """
-    context = getattr(model.config, "max_position_embeddings", math.inf)
-    if max(map(len, prompts)) + max_new_tokens > context:
-        raise UsageError(f"a prompt of {max(map(len, prompts))} tokens and {max_new_tokens} new ones do not fit in the "
-                         f"model's context of {context}")
     stops = stop_tokens(model, tokenizer)
-    # Which id pads does not matter: the prompts are masked, and a completion is cut at its first stop.
-    settings = GenerationConfig(do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, top_p=1.0,
-                                min_p=None, repetition_penalty=1.0, eos_token_id=sorted(stops), pad_token_id=min(stops))
-    # `generate` fills what we leave unset from the checkpoint's generation config (Qwen3: top_k 20, top_p 0.95), and
-    # the policy that is sampled would not be the one that is scored. So that config is set aside for the call.
-    of_checkpoint, model.generation_config = model.generation_config, GenerationConfig()
-    was_training = model.training
-    model.eval()                                    # no dropout; and gradient checkpointing would disable the cache
-    try:
-        unique = list(dict.fromkeys(map(tuple, prompts)))
-        width = max(map(len, unique))                                                     # padded on the left
-        ids = torch.tensor([[settings.pad_token_id] * (width - len(p)) + list(p) for p in unique], device=model.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in unique], device=model.device)
-        cache = DynamicCache(config=model.config)
-        if width > 1:                               # all but the last token, with which `generate` begins
-            model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache, use_cache=True,
-                  position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, :-1], logits_to_keep=1)
-        row_of = {prompt: row for row, prompt in enumerate(unique)}
-        rows = torch.tensor([row_of[tuple(p)] for p in prompts], device=model.device)
-        live, completions = list(range(len(prompts))), [[]] * len(prompts)
-        while live:
-            cache.reorder_cache(rows)               # which may drop and repeat rows
-            ids, mask = ids[rows], mask[rows]
-            settings.max_new_tokens = min(chunk, width + max_new_tokens - ids.shape[1])
-            ids = model.generate(ids, attention_mask=mask, past_key_values=cache, generation_config=settings)
-            mask = torch.cat([mask, mask.new_ones(len(ids), ids.shape[1] - mask.shape[1])], dim=1)
-            keep = []                               # rows without an end; the others may hold padding, and leave
-            for row, completion in enumerate(ids[:, width:].tolist()):
-                end = next((t + 1 for t, token in enumerate(completion) if token in stops), None)
-                completions[live[row]] = completion[:end]
-                if end is None and len(completion) < max_new_tokens:
-                    keep.append(row)
-            live, rows = [live[row] for row in keep], torch.tensor(keep, device=model.device)
-    finally:
-        model.generation_config = of_checkpoint
-        model.train(was_training)
+    pad, width = min(stops), max(map(len, prompts))           # padding is masked, so any id will do
+    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)      # (B, width)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    # `generate` follows the generation config of the checkpoint (Qwen3: top_k 20, top_p 0.95). The policy that samples
+    # would not be the policy that is scored. So that config is replaced, and a trained model is saved with ours.
+    how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
+    model.generation_config = GenerationConfig(**how, eos_token_id=sorted(stops), pad_token_id=pad)
+    model.eval()                                              # in training mode, checkpointing would disable the cache
+    cache, live, completions = DynamicCache(config=model.config), list(range(len(prompts))), [[]] * len(prompts)
+    while live:
+        tokens_left = width + max_new_tokens - ids.shape[1]
+        ids = model.generate(ids, attention_mask=mask, cache=cache, max_new_tokens=min(chunk, tokens_left))
+        mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+        unfinished = []
+        for row, tokens in enumerate(ids[:, width:].tolist()):
+            end = next((t + 1 for t, token in enumerate(tokens) if token in stops), None)
+            completions[live[row]] = tokens[:end]
+            if end is None and len(tokens) < max_new_tokens:
+                unfinished.append(row)
+        keep = torch.tensor(unfinished, dtype=torch.long, device=ids.device)
+        live, ids, mask = [live[row] for row in unfinished], ids[keep], mask[keep]
+        cache.reorder_cache(keep)
     return completions, [completion[-1] not in stops for completion in completions]
 
 
 def completion_logprobs(model, prompts, completions, temperature=1.0):
-    """log pi(y_t | prompt, y_<t) of every completion token, at `temperature`.
+    """log pi(y_t | prompt, y_<t) of every completion token, at `temperature`. Differentiable.
 
-    prompts, completions: B > 0 lists of token ids, none empty; the ids as they were sampled, never re-tokenised.
-    temperature: above 0. Returns (logp, mask), both (B, T) float32 with T the longest completion, 0 on the padding;
-    differentiable. Leaves the model in eval mode, but for layers under gradient checkpointing (see load_model).
+    prompts, completions: B lists of token ids, none empty. Pass the ids that were sampled, not re-tokenised text.
+    Returns (logp, mask), both (B, T) float32, where T is the length of the longest completion. On padding both are 0.
 
-    No attention mask is needed: padding stands on the right, where causal attention does not look. So any id pads.
+    No attention mask is needed: the padding is on the right, and causal attention does not look there.
     """
     rows = [torch.tensor([*prompt, *completion]) for prompt, completion in zip(prompts, completions)]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)                # (B, L)
@@ -272,1310 +295,808 @@ def completion_logprobs(model, prompts, completions, temperature=1.0):
     predicts = (position >= first - 1) & (position < first - 1 + length)     # (B, L): logits at t - 1 predict token t
     mask = position[:int(length.max())] < length                             # (B, T)
 
-    # The head turns a position into as many numbers as there are words (151,936 for Qwen3): the memory peak of the
-    # update. This hook lets it see only the positions that predict a completion token, (B, L, H) -> (N, H), in any
-    # architecture and before whatever that does to its logits.
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0][predicts],))
-    # With dropout rho would not be 1 before the first step, hence eval mode. But Hugging Face recomputes a layer's
-    # activations only if the layer itself is in training mode.
-    model.eval()
-    for module in model.modules():
-        module.training = bool(getattr(module, "gradient_checkpointing", False))
-    try:
-        logits = model(input_ids=ids, use_cache=False).logits.float() / temperature        # (N, vocabulary)
-    finally:
-        hook.remove()
+    # The output layer makes 151,936 numbers for each position of Qwen3. That is the memory peak of the update. This
+    # hook passes it only the positions that predict a completion token: (B, L, H) becomes (N, H), in any architecture.
+    for part in model.modules():                              # Hugging Face recomputes layers in training mode only
+        part.training = getattr(part, "gradient_checkpointing", False)
+    with model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0][predicts],)):
+        logits = model(input_ids=ids, use_cache=False).logits.float() / temperature               # (N, vocabulary)
     logp = -torch.nn.functional.cross_entropy(logits, ids.roll(-1, dims=1)[predicts], reduction="none")
-    # predicts and mask name the same tokens in the same order, row by row.
+    # `predicts` and `mask` mark the same tokens in the same order, row by row.
     return torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, logp), mask.float()
 
 
-# ------------------------------------------------------------------------------------------- sessions (Algorithm 1)
+# -------------------------------------------------------------------------------------------- sessions (Algorithm 1)
 
 @dataclasses.dataclass
 class Turn:
-    """One generation: an attempt of the solver, or a critique."""
+    """One generation: a first attempt, a critique or a revision."""
     query: int              # number of the problem in the batch
     session: int            # number of the session in the batch
-    round: int              # 1 to K
-    role: str               # "solver" or "critic"
+    part: str               # "first", "critique" or "revision"
     prompt: list            # token ids under which it was sampled
-    free_prompt: list       # token ids under which it is trained: a revision's do without the critique
+    free_prompt: list       # token ids under which it is trained; for a revision, the prompt without the critique
     completion: list        # the token ids that were sampled
     text: str
-    truncated: bool
+    truncated: bool         # cut off at the length limit
     reward: float = 0.0
+    advantage: float = 0.0
 
     @property
-    def guided(self):
-        """Whether it was sampled under a critique."""
-        return self.prompt != self.free_prompt
-
-    @property
-    def part(self):
-        """What it is in its session."""
-        return "critique" if self.role == "critic" else "first" if self.round == 1 else "revision"
+    def group(self):
+        """The group of Eq. 5. Revisions are compared with first attempts, because both train pi(. | q)."""
+        return self.query, "critic" if self.part == "critique" else "solver"
 
 
 def outcome_reward(text, problem, truncated):
-    """r(tau) in [0, 1] of an attempt at `problem`, an object of the data. What was cut off at its limit earns 0.
-
-    1 is solved: it ends the session and pays the critic 1. Another task changes this function, the two system prompts
-    and, where answers are not mathematics, load_problems, which wants one that fits in a box, and states_answer.
-    """
+    """The reward of an attempt, in [0, 1]; 1 means solved. An attempt that was cut off earns 0."""
     return 0.0 if truncated else float(is_correct(text, problem["answer"]))
 
 
-FIXED_CRITIQUE = {"placebo": "Try again.", "retry": ""}
+def generate_turns(model, tokenizer, part, sessions, chats, config):
+    """Sample the next turn of each session: a list of Turns, still without rewards.
 
-
-def rollout(model, tokenizer, problems, config, critic=None, gated=True, first=None):
-    """Algorithm 1: config.samples (G) independent sessions of at most K rounds on each problem.
-
-    problems: dicts with `problem` and `answer`. critic: (model, tokenizer), by default the solver's own. For
-    evaluation, gated=False has right attempts criticised too, and `first` are Turns of an earlier rollout, taken as
-    first attempts in place of new ones. Returns Turns with their rewards; a critique's is that of Eq. 3.
+    sessions: their numbers in the batch. chats: the messages that each of them is prompted with.
     """
-    samples, rounds = config.samples, 1 if config.method == "grpo" else config.rounds
-    solver, critic, examples = (model, tokenizer), critic or (model, tokenizer), load_examples(config)
-
-    def encode(messages, tokenizer=tokenizer):
-        return encode_chat(tokenizer, messages, config.thinking)
-
-    def generate(role, round, sessions, prompts):
-        who, limit = (solver, config.max_response) if role == "solver" else (critic, config.max_critique)
-        free_prompts = [free[session // samples] for session in sessions] if role == "solver" else prompts
-        completions, truncated = [], []
-        for i in range(0, len(prompts), config.sample_batch):
-            # Inference mode is faster, but not in bfloat16: there autocast would cast every weight for every token.
-            with torch.inference_mode(not config.bf16), autocast(who[0], config):
-                more = sample(*who, prompts[i:i + config.sample_batch], limit, config.temperature)
+    prompts = [encode_chat(tokenizer, chat) for chat in chats]
+    limit = config.max_critique if part == "critique" else config.max_response
+    rows = config.sample_batch or rows_that_fit(model, max(map(len, prompts)) + limit)
+    completions, truncated = [], []
+    while len(completions) < len(prompts):
+        batch = prompts[len(completions):len(completions) + rows]
+        try:
+            more = sample(model, tokenizer, batch, limit, config.temperature)
             completions, truncated = completions + more[0], truncated + more[1]
-        texts = who[1].batch_decode(completions, skip_special_tokens=True)
-        if who[1].decode(prompts[0][-8:]).rstrip().endswith("<think>"):     # so the template ends every prompt
-            texts = [f"<think>{text}" for text in texts]
-        return [Turn(session // samples, session, round, role, *rest)
-                for session, *rest in zip(sessions, prompts, free_prompts, completions, texts, truncated)]
+        except torch.OutOfMemoryError:
+            rows = len(batch) // 2                            # other draws than planned, but the night is not lost
+            if rows == 0:
+                raise
+            tqdm.write(f"out of memory while sampling {len(batch)} rows; going on with {rows} at a time")
+    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    return [Turn(s // config.samples, s, part, prompt, prompt, *rest)
+            for s, prompt, *rest in zip(sessions, prompts, completions, texts, truncated)]
 
-    free = [encode(solver_messages(problem["problem"], None, examples)) for problem in problems]
-    turns, reward, critique, tips = [], {}, {}, {}           # the last three: the latest of each session
-    live = list(range(len(problems) * samples)) if first is None else [turn.session for turn in first]
-    for round in range(1, rounds + 1):
-        prompts = [encode(solver_messages(problems[s // samples]["problem"], tips[s], examples)) if tips.get(s)
-                   else free[s // samples] for s in live]
-        attempts = first if round == 1 and first is not None else generate("solver", round, live, prompts)
-        for turn in attempts:
-            turn.reward = outcome_reward(turn.text, problems[turn.query], turn.truncated)
-            if turn.session in critique:
-                critique[turn.session].reward = critic_reward(reward[turn.session], turn.reward)
-            reward[turn.session] = turn.reward
-        turns += attempts
-        attempts = [turn for turn in attempts if turn.reward != 1.0 or not gated]
-        live = [turn.session for turn in attempts]
-        if round == rounds or not live:                      # the last attempt gets no critique
+
+def rollout(model, tokenizer, problems, config, critic=None, gated=True):
+    """Algorithm 1: G sessions (config.samples) of at most K attempts (config.rounds) on each problem.
+
+    problems: dicts with "problem" and "answer". critic: another model that writes the critiques; by default `model`.
+    With gated=False, right attempts are criticised too. Returns a list of Turns with their rewards, session by session.
+    """
+    problem_of = [problem for problem in problems for _ in range(config.samples)]      # of each session
+    sessions = [[] for _ in problem_of]                                                # the turns of each session
+    for number in range(1 if config.method == "grpo" else config.rounds):
+        live = [s for s, turns in enumerate(sessions) if not turns or turns[-1].reward != 1.0 or not gated]
+        if not live:
             break
-        if config.critic in FIXED_CRITIQUE:
-            tips = dict.fromkeys(live, FIXED_CRITIQUE[config.critic])
-            continue
-        prompts = [encode(critic_messages(problems[turn.query]["problem"], turn.text), critic[1]) for turn in attempts]
-        critiques = generate("critic", round, live, prompts)
-        turns += critiques
-        critique = {turn.session: turn for turn in critiques}
-        source = critique
-        # Shuffled: the critique of another problem, if there is one. Rewards stay with the session; nobody is trained
-        # on them, for only a critic that is "trained" is.
-        if config.critic == "shuffled":
-            others = [[o for o in critiques if o.query != turn.query] or [turn] for turn in critiques]
-            source = {s: other[torch.randint(len(other), ()).item()] for s, other in zip(live, others)}
-        tips = {s: extract_critique(source[s].text) for s in live}
-    return turns
+        part, critiques = "first" if number == 0 else "revision", [None] * len(live)
+        if part == "revision":
+            chats = [critic_messages(problem_of[s]["problem"], sessions[s][-1].text) for s in live]
+            critiques = generate_turns(critic or model, tokenizer, "critique", live, chats, config)
+        tips = [critique and extract_critique(critique.text) for critique in critiques]
+        chats = [solver_messages(problem_of[s]["problem"], tip) for s, tip in zip(live, tips)]
+        attempts = generate_turns(model, tokenizer, part, live, chats, config)
+        for s, critique, attempt in zip(live, critiques, attempts):
+            attempt.reward = outcome_reward(attempt.text, problem_of[s], attempt.truncated)
+            if part == "revision":
+                critique.reward = critic_reward(sessions[s][-1].reward, attempt.reward)
+                attempt.free_prompt = sessions[s][0].prompt
+                sessions[s].append(critique)
+            sessions[s].append(attempt)
+    return [turn for turns in sessions for turn in turns]
 
 
-# ---------------------------------------------------------------------------------------------------- the equations
-
-def critic_reward(before, after):
-    """Eq. 3: what a critique earns, from the rewards (floats) of the attempts before and after it.
-
-    With rewards of 0 or 1 and only failures criticised it is just `after`; the difference is for partial rewards.
-    Nothing is deducted for a critique that states the answer: `leaks` counts them.
-    """
-    return 1.0 if after == 1.0 else after - before
-
-
-def role_advantages(rewards, groups, delta=1e-6):
-    """Eq. 5: A_i = (r_i - mean) / (std + delta) within each group, std unbiased.
-
-    rewards: (B,) floats; groups: B keys, for ICRL (problem, role), compared by value (so no tensors). Returns (B,)
-    float32. A group of one or of equal rewards gives exactly 0: there, rounding noise over delta would pass for a
-    signal.
-    """
-    rewards = torch.as_tensor(rewards, dtype=torch.float32)
-    members, advantages = defaultdict(list), torch.zeros_like(rewards)
-    for i, key in enumerate(groups):
-        members[key].append(i)
-    for index in members.values():
-        r = rewards[index]
-        if r.min() < r.max():
-            advantages[index] = (r - r.mean()) / (r.std() + delta)
-    return advantages
-
-
-def calibration_ratio(logp_free, logp_guided, w_max=2.0):
-    """Eq. 4: w_t = pi(y_t | q, y_<t) / pi(y_t | q, c, y_<t), at most w_max, a constant for the gradient.
-
-    logp_free, logp_guided: (B, T) float32 log-probs of the same revisions, both under the weights that sampled. Returns
-    (B, T), to be masked where there is padding. For revisions only: the caller gives other samples weight 1.
-    """
-    return (logp_free - logp_guided).detach().exp().clamp(max=w_max)
-
-
-def sequence_ratio(logp_free, logp_guided, w_max=2.0):
-    """In place of Eq. 4: one ratio for the revision, the product over its tokens (padding: 0). Biased by its cap."""
-    logp_free, logp_guided = (logp.sum(1, keepdim=True).expand_as(logp) for logp in (logp_free, logp_guided))
-    return calibration_ratio(logp_free, logp_guided, w_max)
-
-
-def shaped_weight(logp_free, logp_guided, w_max=2.0):
-    """In place of Eq. 4: Critique-GRPO's p / (p + 0.1), p = pi(y_t | q, y_<t)."""
-    p = logp_free.detach().exp()
-    return p / (p + 0.1)
-
-
-def no_weight(logp_free, logp_guided, w_max=2.0):
-    """In place of Eq. 4: 1, as if the solver would have written the revision without critique."""
-    return torch.ones_like(logp_free)
-
-
-WEIGHTS = {"token": calibration_ratio, "one": no_weight, "sequence": sequence_ratio, "shaped": shaped_weight}
-
-
-def icrl_objective(logp, logp_old, advantages, weights, mask, clip_low=0.2, clip_high=0.2):
-    """Eq. 6, to be maximised: w_t min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A), rho_t = pi / pi_old.
-
-    logp, logp_old: (B, T) float32, both under the critique-free prompt, now and at the rollout, finite on the padding
-    too; weights, mask: (B, T); advantages: (B,). Returns the mean over each sample's tokens, then over the B samples.
-
-    The weight stays outside the min: clipping w_t rho_t would let w decide what is clipped. And w is capped before it
-    meets A: min(w A, w_max A) would pick the larger weight where A < 0.
-    """
-    rho = (logp - logp_old.detach()).exp()
-    A = advantages[:, None]
-    J = weights.detach() * torch.min(rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A)
-    return ((J * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
-
-
-# ------------------------------------------------------------------------------------------------------- the update
-
-def group_key(turn, groups):
-    """Whom a turn's reward is compared with. By role, revisions compete with first attempts: both train pi(. | q)."""
-    return {"role": (turn.query, turn.role), "role_round": (turn.query, turn.role, turn.round),
-            "pooled": turn.query}[groups]
-
-
-def micro_batches(lengths, budget):
-    """Split the indices of `lengths`, longest first, into lists within `budget` tokens when padded to their longest.
-
-    What is over the budget by itself has a list of its own.
-    """
-    batches, longest = [], 0
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or longest * (len(batches[-1]) + 1) > budget:
-            batches.append([])
-            longest = lengths[i]
-        batches[-1].append(i)
-    return batches
-
-
-def place(model, config):
-    """The model itself, moved to its device; its weights in bfloat16 if float32 ones are kept (see make_optimizer)."""
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    if config.bf16 and config.optimizer_on == "cpu":          # not the buffers: RoPE's frequencies need all their bits
-        for weight in model.parameters():
-            weight.data = weight.data.to(torch.bfloat16)
-            weight.grad_dtype = torch.float32                 # micro-batches are added up in it (torch 2.10 or later)
-    try:
-        model = model.to(auto if config.device == "auto" else config.device)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {config.device}: {str(error).splitlines()[0]}") from error
-    if config.bf16 and model.device.type == "cpu":            # where torch's fused attention is slow in bfloat16
-        model.set_attn_implementation("eager")
-    return model
-
+# -------------------------------------------------------------------------------------------------------- the update
 
 def make_optimizer(model, config):
-    """AdamW over the weights of `model`, or over float32 copies of them in the memory of the host.
+    """Move `model` to its device and return AdamW over its weights.
 
-    With --optimizer_on cpu the device holds weights and gradients only, and with --bf16 the former in bfloat16: 6 bytes
-    a parameter in place of 16. Moves `model` to the device.
+    With --bf16 the device holds bfloat16 weights and float32 gradients, 6 bytes a parameter instead of 16. AdamW works
+    on float32 copies of the weights in the host's memory: in bfloat16, steps as small as 1e-6 would be rounded away.
     """
     weights = list(model.parameters())
-    if config.optimizer_on == "cpu":
-        weights = [torch.nn.Parameter(weight.detach().to("cpu", torch.float32, copy=True)) for weight in weights]
-    place(model, config)
-    # The betas are the authors', not AdamW's default.
-    return torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay,
-                             fused=weights[0].is_cuda or None)       # unfused takes 4 bytes a parameter more there
+    if config.bf16:
+        weights = [torch.nn.Parameter(w.detach().to("cpu", torch.float32, copy=True)) for w in weights]
+        for w in model.parameters():                # only the weights: the buffers of RoPE need all their bits
+            w.data = w.data.to(torch.bfloat16)
+            w.grad_dtype = torch.float32            # the gradients of micro-batches are added up in float32
+    model.to(config.device)
+    if config.bf16 and config.device == "cpu":
+        model.set_attn_implementation("eager")      # on a CPU, torch's fused attention is slow in bfloat16
+    # Paper: it does not give the betas and the weight decay. These are those of the authors' code.
+    return torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
 
 
-def optimizer_step(model, optimizer, grad_clip):
-    """Clip the gradients, step, and drop them. Returns their norm before clipping; without a finite one, no step.
-
-    optimizer: of make_optimizer, with one group, of the model's weights or of copies of them in the same order.
-    """
+def optimizer_step(model, optimizer, grad_clip=1.0):
+    """Clip the gradients, take a step and clear them. Returns their norm before clipping; if not finite, no step."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
     if math.isfinite(norm):
-        copies = [(weight, copy) for weight, copy in zip(model.parameters(), optimizer.param_groups[0]["params"])
-                  if weight is not copy]
-        for weight, copy in copies:
+        # Without --bf16, the two tensors of a pair are the same.
+        pairs = list(zip(model.parameters(), optimizer.param_groups[0]["params"]))
+        for weight, copy in pairs:
             copy.grad = None if weight.grad is None else weight.grad.to(copy)
         optimizer.step()
-        with torch.no_grad():
-            for weight, copy in copies:
-                weight.copy_(copy)
-                copy.grad = None
-    model.zero_grad(set_to_none=True)
+        for weight, copy in pairs:
+            weight.data.copy_(copy.data)
+            copy.grad = None
+    model.zero_grad()
     return norm
 
 
+def micro_batches(turns, budget):
+    """Split `turns`, longest first, into lists that hold at most `budget` tokens when padded to their longest turn."""
+    turns, batches = sorted(turns, key=lambda t: -len(t.prompt) - len(t.completion)), []
+    while turns:
+        rows = max(1, budget // (len(turns[0].prompt) + len(turns[0].completion)))
+        batches.append(turns[:rows])
+        turns = turns[rows:]
+    return batches
+
+
 def update(model, optimizer, turns, config):
-    """The optimiser step(s) of one rollout, on Eq. 6. Returns a dict to log; the README says what each figure is."""
-    turns = [t for t in turns if t.role == "solver" or config.critic == "trained"]
-    groups = [group_key(t, config.groups) for t in turns]
-    advantages = role_advantages([t.reward for t in turns], groups)
-    # Without advantage there is no gradient: such turns are left out, but count in the mean over samples. If all are
-    # flat there is no step at all, for AdamW would still move the weights, by momentum and weight decay.
-    active = advantages.nonzero()[:, 0].tolist()
-    stats = {"flat_groups": 1 - len({groups[i] for i in active}) / len(set(groups)), "objective": 0.0, "grad_norm": 0.0,
-             "skipped": 0, "w_mean": None, "w_capped": None, "w_ess": None}
+    """Take the optimiser step(s) of one rollout on Eq. 6. Returns a dict of figures to log (see the README)."""
+    for turn, A in zip(turns, role_advantages([t.reward for t in turns], [t.group for t in turns]).tolist()):
+        turn.advantage = A
+    # A turn with advantage 0 has no gradient. It is left out here, but it counts in the mean over all samples. If all
+    # are 0 there is no step at all: AdamW would still move the weights, by its momentum and by weight decay.
+    active = [turn for turn in turns if turn.advantage != 0]
+    batches = [batch for part in ("first", "critique", "revision")
+               for batch in micro_batches([t for t in active if t.part == part], config.micro_tokens)]
+    stats = {"flat": 1 - len(active) / len(turns), "objective": 0.0, "grad_norm": 0.0}
 
-    def logprobs(indices, with_critique):
-        prompts = [turns[i].prompt if with_critique else turns[i].free_prompt for i in indices]
-        with autocast(model, config):
-            return completion_logprobs(model, prompts, [turns[i].completion for i in indices], config.temperature)
-
-    # By the length under `prompt`, which for a revision is the longer of its two.
-    batches = [[active[i] for i in batch] for batch in
-               micro_batches([len(turns[i].prompt) + len(turns[i].completion) for i in active], config.micro_tokens)]
-    rollout_terms, ratios = [], []                            # of each micro-batch: (log pi_old, w); w of guided tokens
+    at_rollout, ratios = [], []                     # of each micro-batch: (log pi_old, w); and w of all revisions
     for inner in range(config.inner_steps if active else 0):
         stats["objective"] = 0.0
         for number, batch in enumerate(batches):
-            logp, mask = logprobs(batch, with_critique=False)
+            sampled = [t.completion for t in batch]
+            logp, mask = completion_logprobs(model, [t.free_prompt for t in batch], sampled, config.temperature)
             if inner == 0:
-                # Nothing has moved yet, so this pass is pi_old too, and the numerator of w. The denominator is scored
-                # in the same way, not recorded while sampling: in bfloat16 two ways of computing a log-prob differ.
-                old, weights = logp.detach(), torch.ones_like(logp)
-                guided = [row for row, i in enumerate(batch) if turns[i].guided]
-                if guided:
+                # No weight has moved yet, so this pass gives log pi_old too, and the numerator of w. The denominator
+                # comes from the same kind of pass, not from the sampler: in bfloat16 the two would differ.
+                w = torch.ones_like(logp)
+                if batch[0].part == "revision":
                     with torch.no_grad():
-                        logp_guided, real = logprobs([batch[row] for row in guided], with_critique=True)
-                    T = logp_guided.shape[1]
-                    w = WEIGHTS[config.weight](old[guided, :T], logp_guided, config.w_max)
-                    weights[guided, :T] = w
-                    ratios.append(w[real.bool()])
-                rollout_terms.append((old, weights))
-            old, weights = rollout_terms[number]
-            A = advantages[batch].to(logp.device)
-            # icrl_objective divides by the samples of the micro-batch; with this factor it is by all samples, and the
-            # gradients of the micro-batches add up to exactly that of the whole batch.
-            share = len(batch) / len(turns)
-            J = share * icrl_objective(logp, old, A, weights, mask, config.clip_low, config.clip_high)
+                        guided, _ = completion_logprobs(model, [t.prompt for t in batch], sampled, config.temperature)
+                    w = calibration_ratio(logp, guided)
+                    ratios.append(w[mask.bool()])
+                at_rollout.append((logp.detach(), w))
+            logp_old, w = at_rollout[number]
+            A = torch.tensor([turn.advantage for turn in batch], device=logp.device)
+            # icrl_objective is a mean over this micro-batch. The factor makes it a part of the mean over all turns, so
+            # that the gradients of the micro-batches add up to exactly the gradient of the whole batch.
+            J = icrl_objective(logp, logp_old, A, w, mask) * len(batch) / len(turns)
             (-J).backward()
             stats["objective"] += J.item()
-        norm = optimizer_step(model, optimizer, config.grad_clip)
-        if math.isfinite(norm):
-            stats["grad_norm"] = norm
-        else:
-            stats.update(skipped=stats["skipped"] + 1, objective=None)
-    if ratios:
-        w = torch.cat(ratios)
-        stats.update(w_mean=w.mean().item(), w_capped=(w >= config.w_max).float().mean().item(),
-                     w_ess=(w.mean() ** 2 / (w ** 2).mean().clamp(min=1e-30)).item())
-    return stats
+        stats["grad_norm"] = optimizer_step(model, optimizer)
+        if not math.isfinite(stats["grad_norm"]):
+            stats.update(grad_norm=None, objective=None)
+    return {**stats, "w_mean": mean(w for ratio in ratios for w in ratio.tolist())}
 
 
-# --------------------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------------------------------- training
 
 def load_model(name, config):
-    """Model (float32, in the memory of the host) and tokenizer of a Hugging Face checkpoint."""
+    """Load a Hugging Face checkpoint: (model, tokenizer). The model is float32, in the host's memory, without dropout.
+
+    Raises UsageError for a model with which sampling or training would go wrong.
+    """
     try:
+        if hasattr(AutoConfig.from_pretrained(name), "quantization_config") or list(Path(name).glob("adapter_*")):
+            raise ValueError("it is quantised or a LoRA adapter, and cannot be trained here; use the full model")
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model, found = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True,
-                                                            output_loading_info=True)
-        if found["missing_keys"]:                             # they would be random
-            raise ValueError(f"it lacks weights, such as {min(found['missing_keys'])}")
-        if not all(weight.isfinite().all() for weight in model.parameters()):
-            raise ValueError("some of its weights are not finite")
-        if not tokenizer.chat_template:
-            raise ValueError("its tokenizer has no chat template; use an instruction-tuned model")
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+        if report["missing_keys"] or not all(weight.isfinite().all() for weight in model.parameters()):
+            raise ValueError("some of its weights are missing or not finite")
+        check_model(model, tokenizer)
         if config.checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if "zebra" not in tokenizer.decode(encode_chat(tokenizer, solver_messages("zebra"), config.thinking)):
-            raise ValueError("the problem is lost in its chat template or its tokenizer")
-    except Exception as error:                                # a damaged folder can raise anything
+            model.activation_checkpointing_enable({"use_reentrant": False})
+    except Exception as error:                      # a damaged folder can raise anything
         raise UsageError(f"cannot use the model {name!r}: {' '.join(str(error).split())[:300]}") from error
-    if not stop_tokens(model, tokenizer):
-        raise UsageError(f"the tokenizer of {name!r} has no end-of-sequence token; completions would never end")
-    if len(tokenizer) > (size := model.get_input_embeddings().num_embeddings):
-        raise UsageError(f"the tokenizer of {name!r} has {len(tokenizer)} tokens, but the model only {size}")
-    for module in model.modules():                  # nn.Dropout calls it p, attention layers otherwise
-        for name_of_dropout in ("p", "dropout", "attention_dropout"):
-            if isinstance(getattr(module, name_of_dropout, None), float):
-                setattr(module, name_of_dropout, 0.0)
+    for part in (model.config, model.config.get_text_config(), *model.modules()):
+        for attribute, value in list(vars(part).items()):
+            # With dropout, rho would not be 1 before the first step.
+            if isinstance(value, float) and "drop" in attribute:
+                setattr(part, attribute, 0.0)
     return model, tokenizer
 
 
+def check_model(model, tokenizer):
+    """Raise ValueError if prompts or samples of this model would be wrong."""
+    prompt, stops = encode_chat(tokenizer, critic_messages("zebra", "quokka")), stop_tokens(model, tokenizer)
+    known = model.get_input_embeddings().num_embeddings
+    if not stops or "zebra" not in tokenizer.decode(prompt) or max(*prompt, *stops) >= known:
+        raise ValueError("its tokenizer loses text, has no end-of-sequence token, or makes ids beyond the embeddings")
+    # Read the second half of the prompt at once. Read it again as `sample` does: behind padding, beside a row that then
+    # leaves, and in two parts. A model that keeps no key-value cache, or that looks at padding or at later tokens,
+    # gives other logits. Its samples would be wrong without any message.
+    half, ids, cache = len(prompt) // 2, torch.tensor([prompt, prompt]), DynamicCache(config=model.config)
+    mask = (torch.arange(len(prompt)) >= torch.tensor([[0], [half]])).long()
+    one = GenerationConfig(max_new_tokens=1, output_logits=True, return_dict_in_generate=True, pad_token_id=prompt[0])
+    with torch.no_grad():
+        at_once = model.eval()(input_ids=ids[1:, half:], use_cache=False).logits[0, -1]
+        model.generate(ids[:, :-1], attention_mask=mask[:, :-1], cache=cache, generation_config=one)
+        cache.reorder_cache(torch.tensor([1]))
+        in_parts = model.generate(ids[1:], attention_mask=mask[1:], cache=cache, generation_config=one).logits[0][0]
+    if cache.get_seq_length() != len(prompt) or (at_once - in_parts).abs().max() > 1e-3 * at_once.abs().max():
+        raise ValueError("it cannot continue from a key-value cache; use a causal model with attention")
+
+
 def check_context(model, tokenizer, problems, config):
-    """Refuse problems that are too long for the model, before any is sampled."""
-    longest = max(problems, key=lambda p: len(tokenizer(p["problem"])["input_ids"]))["problem"]
-    prompts = critic_messages(longest, ""), solver_messages(longest, None, load_examples(config))
-    needed = max(len(encode_chat(tokenizer, p)) for p in prompts) + config.max_response + config.max_critique
-    if needed > getattr(model.config, "max_position_embeddings", needed):
-        raise UsageError(f"the problem {longest[:60]!r}... needs a context of {needed} tokens with --max_response and "
-                         f"--max_critique, and the model has {model.config.max_position_embeddings}")
+    """Raise UsageError, before anything is sampled, if one of the longest problems does not fit in the context."""
+    settings = model.config.get_text_config()
+    context, rope = (getattr(settings, name, None) for name in ("max_position_embeddings", "rope_parameters"))
+    # With longrope, beyond this length a row would depend on the other rows of its batch.
+    if rope and rope.get("rope_type") == "longrope":
+        context = rope["original_max_position_embeddings"]
+    for problem in sorted((p["problem"] for p in problems), key=len)[-8:]:
+        prompt = encode_chat(tokenizer, critic_messages(problem, ""))
+        if context and len(prompt) + config.max_response + config.max_critique > context:
+            raise UsageError(f"{problem[:40]!r} may need more than the {context} tokens that the model can read")
 
 
 def problems_of_step(problems, step, config):
-    """The problems of a step. Each epoch has an order of its own, which follows from the seed."""
+    """The problems of a step (from 1). Each epoch has its own order, which depends only on the seed."""
     places = [divmod(i, len(problems)) for i in range((step - 1) * config.queries, step * config.queries)]
     order = {epoch: np.random.default_rng([config.seed, epoch]).permutation(len(problems)) for epoch, _ in places}
     return [problems[order[epoch][i]] for epoch, i in places]
 
 
 def mean(values):
-    """The mean, or None where there is nothing to average: a 0 would read like a result."""
+    """The mean as a float, or None if there are no values: a 0 would look like a result."""
     values = list(values)
-    return sum(values) / len(values) if values else None
+    return float(sum(values) / len(values)) if values else None
+
+
+MEASURES = {"reward": lambda t: t.reward, "tokens": lambda t: len(t.completion), "truncated": lambda t: t.truncated}
 
 
 def rollout_stats(turns):
-    """Number, mean reward, mean length and share truncated of first attempts, critiques and revisions."""
-    stats = {}
-    for part in ("first", "critique", "revision"):
-        mine = [t for t in turns if t.part == part]
-        stats |= {f"{part}_count": len(mine), f"{part}_reward": mean(t.reward for t in mine),
-                  f"{part}_tokens": mean(len(t.completion) for t in mine),
-                  f"{part}_truncated": mean(t.truncated for t in mine)}
-    return stats
+    """Mean reward, mean length and share cut off, of first attempts, critiques and revisions: {"first_reward": ...}."""
+    return {f"{part}_{name}": mean(measure(t) for t in turns if t.part == part)
+            for part in ("first", "critique", "revision") for name, measure in MEASURES.items()}
 
 
-def show_step(bar, row, turns, problems, state, config):
-    """Say how a step went: figures in the progress bar, now and then a session, and a warning if all was cut off.
-
-    The session is the first that holds a critique, or else the first.
-    """
-    shown = {"unaided": row["first_reward"], "with critique": row["revision_reward"], "w": row["w_mean"],
-             "held-out": state["after"]["pass@1"]}
-    bar.set_postfix_str(", ".join(f"{name} {value:.2f}" for name, value in shown.items() if value is not None))
-    if config.show_every and (row["step"] - 1) % config.show_every == 0:
-        number = next((t.session for t in turns if t.role == "critic"), 0)
-        session = [t for t in turns if t.session == number]
-        problem = problems[session[0].query]
-        tqdm.write("\n".join([f"one session of step {row['step']}:",
-                              f"  problem   {problem['problem']}  (answer {problem['answer']})",
-                              *(f"  {t.part:9} {t.text.strip()}  -> reward {t.reward:g}" for t in session)]))
-    for part, name, limit in (("first", "attempt", "response"), ("critique", "critique", "critique")):
-        if row[f"{part}_truncated"] == 1:
-            tqdm.write(f"warning, step {row['step']}: every {name} was cut off; raise --max_{limit}")
+def log_sessions(file, turns, problems, step):
+    """Write each turn as a line of JSON."""
+    for t in turns:
+        print(json.dumps({"step": step, "problem": problems[t.query]["problem"], "session": t.session, "part": t.part,
+                          "text": t.text, "reward": t.reward, "truncated": t.truncated}), file=file, flush=True)
 
 
-def write_json(path, value):
-    """Write under another name, then rename: a process killed meanwhile leaves no half of a file at `path`."""
-    path.with_suffix(".new").write_text(json.dumps(value, indent=1))
-    path.with_suffix(".new").replace(path)
-
-
-def checkpoints(run):
-    """The checkpoints in a run's folder, the latest last."""
-    found = (path for path in Path(run).glob("checkpoint-*") if path.name[11:].isdigit())
-    return sorted(found, key=lambda path: int(path.name[11:]))
+def show_session(title, turns, problems):
+    """Print the first session that holds a critique, or else the first session, below a title."""
+    number = next((t.session for t in turns if t.part == "critique"), 0)
+    session = [t for t in turns if t.session == number]
+    lines = [f"  {t.part:9} {t.text.strip()}  -> reward {t.reward:g}" for t in session]
+    tqdm.write("\n".join([title, f"  problem   {problems[session[0].query]['problem']}", *lines]))
 
 
 def save(run, model, tokenizer, optimizer, state):
-    """Write a checkpoint beside the last one, rename it into place, and only then remove the last one."""
-    older, new = checkpoints(run), run / "unfinished"
-    # Matched by memory address: the optimiser knows no names, and a tied weight has two in the state.
-    float32 = {weight.data_ptr(): copy.detach()
-               for weight, copy in zip(model.parameters(), optimizer.param_groups[0]["params"])}
-    # Older versions of transformers refuse to save some generation configs, such as a temperature without sampling.
-    of_checkpoint, model.generation_config = model.generation_config, GenerationConfig()
+    """Save the model in run/model, and in run/checkpoint.pt what --resume needs. A crash leaves the old checkpoint."""
+    model.save_pretrained(run / "model")
+    tokenizer.save_pretrained(run / "model")
+    weights = [weight.detach() for weight in optimizer.param_groups[0]["params"]]      # float32, with --bf16 too
+    torch.save({"weights": weights, "optimizer": optimizer.state_dict(), "state": state}, run / "unfinished.pt")
+    (run / "unfinished.pt").replace(run / "checkpoint.pt")
+
+
+def restore(run, model, optimizer):
+    """Load the weights and the optimiser's state from run/checkpoint.pt. Returns the state of the run."""
     try:
-        shutil.rmtree(new, ignore_errors=True)
-        model.save_pretrained(new, state_dict={name: float32.get(tensor.data_ptr(), tensor)
-                                               for name, tensor in model.state_dict().items()})
-        (new / "generation_config.json").write_text(of_checkpoint.to_json_string())
-        tokenizer.save_pretrained(new)
-        torch.save(optimizer.state_dict(), new / "optimizer.pt")
-        write_json(new / "state.json", state)
-        new.rename(run / f"checkpoint-{state['step']}")
-    except (OSError, RuntimeError, SafetensorError) as error:         # torch and safetensors raise these on a full disk
-        raise OSError(f"cannot save a checkpoint (is the disk full?): {error}") from error
-    finally:
-        model.generation_config = of_checkpoint
-    for path in older:
-        shutil.rmtree(path)
+        saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+    except Exception as error:                      # a damaged file can raise anything
+        raise UsageError(f"{run / 'checkpoint.pt'} is damaged: {error}") from error
+    # The settings of AdamW, such as --lr, are those of this run. Only its moments come from the checkpoint.
+    optimizer.load_state_dict({**saved["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})
+    for weight, copy, tensor in zip(model.parameters(), optimizer.param_groups[0]["params"], saved["weights"]):
+        copy.data.copy_(tensor)
+        weight.data.copy_(tensor)
+    return saved["state"]
 
 
-def log_sessions(file, turns, problems, **more):
-    for t in turns:
-        print(json.dumps({**more, "problem": problems[t.query]["problem"], "session": t.session, "part": t.part,
-                          "round": t.round, "text": t.text, "reward": t.reward, "truncated": t.truncated}), file=file)
+def train(config):
+    """Train as `config` says, in the folder config.out. Returns the state of the run, with its evaluations.
 
-
-@contextlib.contextmanager
-def catch_interrupt():
-    """Yields a list that the first Ctrl-C fills, so that a step can be finished; a second one interrupts at once."""
-    def ask(*_):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        stop.append(True)
-        tqdm.write("interrupted: finishing this step and saving it (Ctrl-C again stops at once)")
-
-    stop, before = [], signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, ask)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def start(config, resume):
-    """What a run begins with, or goes on with: (model, tokenizer, optimizer, problems, heldout, state)."""
+    A run may be stopped at any moment. With --resume it continues from its last checkpoint, and the result equals that
+    of an uninterrupted run.
+    """
     check(config)
-    if not config.out:
-        raise UsageError("--out: a run needs a folder")
-    run, saved = Path(config.out), checkpoints(config.out) if resume else []
-    problems, heldout = load_problems(config.data), load_problems(config.heldout)
-    if common := {p["problem"] for p in problems} & {p["problem"] for p in heldout}:
-        raise UsageError(f"{len(common)} held-out problems are training problems too, such as {min(common)!r}")
-    if not resume and run.is_dir() and {path.name for path in run.iterdir()} - {"config.new"}:
-        raise UsageError(f"{run} is not empty: continue the run in it with --resume {run}, or choose another --out")
-    model, tokenizer = load_model(str(saved[-1]) if saved else config.model, config)
+    run = Path(config.out)
+    if run.exists() and any(run.iterdir()) and not config.resume:
+        raise UsageError(f"{run} is not empty; continue that run with --resume {run}, or choose another --out")
+    problems, heldout = load_problems(config.data) if config.steps else [], load_problems(config.heldout)
+    if {p["problem"] for p in problems} & {p["problem"] for p in heldout}:
+        raise UsageError(f"some problems of {config.heldout} are in {config.data} too; remove them from one of the two")
+    model, tokenizer = load_model(config.model, config)
     check_context(model, tokenizer, problems + heldout, config)
     optimizer = make_optimizer(model, config)
+    if config.device == "cpu" and model.num_parameters() < 10**7:
+        torch.set_num_threads(1)                    # with small matrices, several threads mostly wait for each other
+    state = restore(run, model, optimizer) if (run / "checkpoint.pt").exists() else dict(step=0, tokens=0, bytes=(0, 0))
     run.mkdir(parents=True, exist_ok=True)
-    write_json(run / "config.json", dataclasses.asdict(config))
-    (run / "result.json").unlink(missing_ok=True)             # of fewer steps
-    state = {"step": 0, "tokens": 0, "skipped_in_a_row": 0, "evaluated": 0, "seconds": 0.0, "bytes": (0, 0)}
-    if saved:
-        optimizer.load_state_dict(torch.load(saved[-1] / "optimizer.pt", map_location="cpu", weights_only=True))
-        state = json.loads((saved[-1] / "state.json").read_text())
-    return model, tokenizer, optimizer, problems, heldout, state
-
-
-def train(config, resume=False):
-    """Train as `config` says, into the folder config.out. Returns the figures of the final table.
-
-    Ctrl-C has the step finished and saved before it raises KeyboardInterrupt; a second one raises at once.
-    """
-    began, run = time.time(), Path(config.out)
-    model, tokenizer, optimizer, problems, heldout, state = start(config, resume)
-    began -= state["seconds"]
-    base = (place(load_model(config.model, config)[0], config), tokenizer) if config.critic == "frozen" else None
-    if state["step"] == 0:
-        state["before"] = state["after"] = evaluate(model, tokenizer, heldout, config, base)
-        state["before_train"] = critique_free(model, tokenizer, problems, config)
-    with (open(run / "metrics.jsonl", "a", buffering=1) as metrics, open(run / "sessions.jsonl", "a") as sessions,
-          catch_interrupt() as stop):
+    (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+    most = config.queries * config.samples * (config.rounds * config.max_response + config.rounds * config.max_critique)
+    print(f"training on {config.data}, in {run}; a step samples up to {most:,} tokens", flush=True)
+    if "before" not in state:
+        state["before"] = evaluate(model, tokenizer, heldout, config, run / "heldout-0.jsonl")
+    with open(run / "metrics.jsonl", "a") as metrics, open(run / "sessions.jsonl", "a") as sessions:
         for file, size in zip((metrics, sessions), state["bytes"]):
-            file.truncate(size)                               # a resumed run forgets what came after its checkpoint
-
-        end = state["step"] if 0 < config.token_limit <= state["tokens"] else config.steps
-        bar = tqdm(range(state["step"] + 1, end + 1), initial=state["step"], total=config.steps,
-                   desc=config.method, dynamic_ncols=True)
+            file.truncate(min(size, file.tell()))   # a resumed run repeats what came after its checkpoint
+        bar = tqdm(range(state["step"] + 1, config.steps + 1), initial=state["step"], total=config.steps)
         for step in bar:
-            # Each step seeds itself: a resumed run needs no saved random state, and nothing that happens between two
-            # steps, such as an evaluation, can change what follows. (The factor is a prime above any number of steps.)
+            # Each step has its own seed. So a resumed run needs no saved random state, and an evaluation between two
+            # steps changes nothing. (The factor is a prime, larger than any number of steps.)
             torch.manual_seed(1_000_003 * config.seed + step)
-            batch, started = problems_of_step(problems, step, config), time.time()
-            turns = rollout(model, tokenizer, batch, config, base)
-            sampled = time.time()
+            batch = problems_of_step(problems, step, config)
+            turns = rollout(model, tokenizer, batch, config)
             tokens = state["tokens"] + sum(len(t.completion) for t in turns)
-            row = {"step": step, "tokens": tokens, **rollout_stats(turns),
-                   **update(model, optimizer, turns, config),
-                   "rollout_seconds": sampled - started, "update_seconds": time.time() - sampled}
-            last = step == config.steps or 0 < config.token_limit <= tokens
-            if last or config.eval_every and step % config.eval_every == 0:
-                state["after"] = row["heldout"] = evaluate(model, tokenizer, heldout, config, base)
-                state["evaluated"] = step
-            print(json.dumps(row), file=metrics)
-            log_sessions(sessions, turns, batch, step=step)
-            state |= {"step": step, "tokens": tokens,
-                      "skipped_in_a_row": state["skipped_in_a_row"] + 1 if row["skipped"] else 0,
-                      "seconds": time.time() - began, "bytes": (metrics.tell(), sessions.tell())}
-            show_step(bar, row, turns, batch, state, config)
-            if state["skipped_in_a_row"] == 3:
-                raise UsageError("the gradients of three steps in a row are not finite; their sessions are the last in "
-                                 f"{run / 'sessions.jsonl'}; try a lower --lr, or --no-bf16, in a new --out")
-            if last or stop or config.save_every and step % config.save_every == 0:
+            row = {"step": step, "tokens": tokens, **rollout_stats(turns), **update(model, optimizer, turns, config)}
+            bar.set_postfix_str(f"reward {row['first_reward']:.2f}, with critique {row['revision_reward'] or 0:.2f}")
+            if step == config.steps or config.eval_every and step % config.eval_every == 0:
+                state["after"] = evaluate(model, tokenizer, heldout, config, run / f"heldout-{step}.jsonl")
+                row["heldout"] = state["after"]
+                show_session(f"step {step}: accuracy {row['heldout']['pass@1']:.2f}; a training session:", turns, batch)
+            print(json.dumps(row), file=metrics, flush=True)
+            log_sessions(sessions, turns, batch, step)
+            state |= {"step": step, "tokens": tokens, "bytes": (metrics.tell(), sessions.tell())}
+            if step == config.steps or config.save_every and step % config.save_every == 0:
                 save(run, model, tokenizer, optimizer, state)
-            if stop:
-                raise KeyboardInterrupt
-            if last:
-                break
-    if state["evaluated"] < state["step"]:                    # resumed, with no more --steps than had been taken
-        state["after"] = evaluate(model, tokenizer, heldout, config, base)
-    after_train = critique_free(model, tokenizer, problems, config)
-    del optimizer                                             # frees memory for the base model
-    base = base or (place(load_model(config.model, config)[0], config), tokenizer)
-    swap = critic_swap(base[0], model, tokenizer, heldout, config)
-    result = {**state, "after_train": after_train, "swap": swap, "seconds": time.time() - began,
-              "model": str(checkpoints(run)[-1])}
-    write_json(run / "result.json", result)
-    return result
+    return state
 
 
-# ------------------------------------------------------------------------------------------------------- evaluation
+# -------------------------------------------------------------------------------------------------------- evaluation
 
-def evaluation_config(config, **changes):
-    """`config` for an evaluation, the same for every method: one critique of each attempt; then `changes`."""
-    config = dataclasses.replace(config, method="icrl", critic="trained", rounds=2, samples=config.eval_samples)
-    return dataclasses.replace(config, **changes)
+def interval(means):
+    """The 95% interval (low, high) of the mean of `means`, an array with one mean in [0, 1] per problem.
+
+    With one sample per problem this is Wilson's interval. It has a width even if all means are 0, or all are 1.
+    """
+    n, z = len(means), 1.96
+    middle, half = mean(means) + z**2 / (2 * n), z * math.sqrt(means.var() / n + z**2 / (4 * n**2))
+    return (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
 
 
-@contextlib.contextmanager
-def fixed_draws(model, seed):
-    """The same random draws every time, so that only the weights differ; outside, none is consumed."""
+def evaluate(model, tokenizer, problems, config, log=None, critic=None):
+    """Measure what the solver can do without critique, and what critiques add. Returns a dict of figures.
+
+    Here right attempts are criticised too. log: a file for all turns. critic: another model for the critiques. The
+    problems and the random draws are the same at every call, and no randomness of the training is used up.
+    """
+    if len(problems) > config.eval_problems:        # not the first ones: a file may be ordered by subject
+        problems = np.random.default_rng(0).choice(problems, config.eval_problems, replace=False).tolist()
+    config = dataclasses.replace(config, method="icrl", rounds=max(2, config.rounds), samples=config.eval_samples)
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
+        torch.manual_seed(config.seed)
+        turns = rollout(model, tokenizer, problems, config, critic, gated=False)
+    if log:
+        with open(log, "w") as file:
+            log_sessions(file, turns, problems, None)
+    rewards = np.array([t.reward for t in turns if t.part != "critique"]).reshape(-1, config.rounds).T
+    best, second, by_problem = rewards[0], rewards[1], rewards[0].reshape(len(problems), -1)
+    low, high = interval(by_problem.mean(1))
+    figures = {"pass@1": mean(best), "95% from": low, "95% to": high, f"pass@{config.samples}": mean(by_problem.max(1))}
+    figures |= {"put right": mean(second[best < 1] == 1), "put wrong": mean(second[best == 1] < 1)}
+    kinds = np.array([str(problems[t.query].get("kind", "")) for t in turns if t.part == "first"])
+    by_kind = {f"pass@1 {kind}": mean(best[kinds == kind]) for kind in sorted({*kinds} - {""})}
+    for number in range(1, config.rounds):          # a right attempt would end the session, so it stays right
+        best = np.where(best == 1, best, rewards[number])
+        figures[f"after {number} critique"] = mean(best)
+    lengths = {name: value for name, value in rollout_stats(turns).items() if name.endswith(("tokens", "truncated"))}
+    return figures | lengths | by_kind
 
 
-def evaluate(model, tokenizer, problems, config, critic=None):
-    """What the solver can do without critique, and what one critique does for it: means of `outcomes` by name.
+# ---------------------------------------------------------------------------------------------------------- problems
 
-    Every attempt is criticised here, right ones too. critic: as in rollout, so by default the model itself, whatever
-    it was trained with. Consumes no training randomness.
-    """
-    problems = problems[:config.eval_problems]
-    with fixed_draws(model, config.seed):
-        turns = rollout(model, tokenizer, problems, evaluation_config(config), critic, gated=False)
-    return {"greedy": critique_free(model, tokenizer, problems, config, temperature=0.0, samples=1),
-            **{name: mean(value for _, value in pairs) for name, pairs in outcomes(turns, problems).items()}}
+def problem_and_answer(row):
+    """The problem and its answer, two strings, in a row of a data file. Raises ValueError if it has none."""
+    row = {k.lower(): value for k, value in {**row, **row.get("reward_model", {})}.items() if value not in (None, "")}
+    problem = row.get("problem", row.get("question", row.get("prompt", "")))
+    problem = problem[-1]["content"] if isinstance(problem, list) else problem         # of a chat: the last turn
+    answers = row.get("answer", row.get("final_answer", row.get("solution", row.get("ground_truth", ""))))
+    answers = answers if isinstance(answers, list) else [answers]
+    if not all(type(value) in (str, int, float) for value in answers):
+        raise ValueError(f"the answer {answers} is neither text nor a number")
+    answer = ", ".join(map(str, answers)).rpartition("####")[2].strip()                # GSM8K: behind the mark
+    answer = extract_answer(answer) or "" if "boxed" in answer else answer             # MATH: in the last box
+    if not problem.strip() or not is_correct(rf"\boxed{{{answer}}}", answer):
+        raise ValueError(f"no problem, or no answer that fits in a box, under the keys {', '.join(row)}")
+    json.dumps([problem, *answers], allow_nan=False, ensure_ascii=False).encode()      # no NaN, no half a character
+    return problem.strip(), answer
 
-
-def critique_free(model, tokenizer, problems, config, **changes):
-    """Mean reward of attempts without critique, under `config` with `changes`."""
-    config = evaluation_config(config, rounds=1, **changes)
-    with fixed_draws(model, config.seed):
-        return mean(t.reward for t in rollout(model, tokenizer, problems[:config.eval_problems], config))
-
-
-def states_answer(critique, answer):
-    """Whether the critique gives the answer away: a number or a box in it that the grader accepts."""
-    stated = {extract_answer(critique) or "", *re.findall(r"-?\d[\d.,/]*\d|-?\d", critique)}
-    return any(is_correct(rf"\boxed{{{value}}}", answer) for value in stated)
-
-
-def outcomes(turns, problems):
-    """Figures of one rollout with K = 2 and gated=False: {name: [(problem's number, value), ...]}.
-
-    `after_gated` counts a right first attempt as right whatever its revision says, as if an oracle had stopped the
-    session; such results are usually reported so. `after_ungated` counts the revision. (The critic's prompt calls every
-    attempt failed, right ones too.) These and pass@ are mean rewards; "right" elsewhere is a reward of exactly 1.
-    """
-    first, critique, after = ([t for t in turns if t.part == part] for part in ("first", "critique", "revision"))
-    reward, revised = (np.array([t.reward for t in part]) for part in (first, after))
-    right, fixed, everywhere = reward == 1, revised == 1, np.ones(len(first), bool)
-    leaks = np.array([states_answer(extract_critique(t.text), problems[t.query]["answer"]) for t in critique], bool)
-    kinds = np.array(["" if (kind := problems[t.query].get("kind")) is None else str(kind) for t in first])
-    best = defaultdict(float)
-    for t in first:
-        best[t.query] = max(best[t.query], t.reward)
-
-    def over(values, where=everywhere):
-        return [(t.query, float(value)) for t, value, counts in zip(first, values, where) if counts]
-
-    return {
-        "pass@1": over(reward),
-        **({"pass@k": list(best.items())} if len(best) < len(first) else {}),
-        "after_gated": over(np.maximum(reward, revised)),
-        "after_ungated": over(revised),
-        "wrong_to_right": over(fixed, ~right),
-        "right_to_wrong": over(~fixed, right),
-        "leaks": over(leaks),
-        "fixed_if_leaked": over(fixed, leaks & ~right),
-        "fixed_if_not": over(fixed, ~leaks & ~right),
-        "attempt_tokens": over([len(t.completion) for t in first]),
-        "critique_tokens": over([len(t.completion) for t in critique]),
-        "truncated": [(t.query, float(t.truncated)) for t in turns],
-        **{f"pass@1 {kind}": over(reward, kinds == kind) for kind in sorted({*kinds} - {""})},
-    }
-
-
-def critic_swap(base, trained, tokenizer, problems, config):
-    """Critics compared on the same failures, those of the base solver: a trained solver's are fewer and harder.
-
-    Returns, for each critic and each solver that revises, the share of the failures put right and the critique tokens
-    spent for each of these: {"trained critic, base solver": {"fixed": 0.8, "tokens_per_fix": 12.0}, ...}.
-    """
-    problems = problems[:config.eval_problems]
-    models, figures = {"base": base, "trained": trained}, {}
-    with fixed_draws(base, config.seed):
-        attempts = rollout(base, tokenizer, problems, evaluation_config(config, rounds=1))
-        failures = [t for t in attempts if t.reward < 1]
-        for critic, solver in itertools.product(models, models):
-            turns = rollout(models[solver], tokenizer, problems, evaluation_config(config), (models[critic], tokenizer),
-                            first=failures)
-            fixed = sum(t.reward == 1 for t in turns if t.part == "revision")
-            tokens = sum(len(t.completion) for t in turns if t.role == "critic")
-            figures[f"{critic} critic, {solver} solver"] = {"fixed": fixed / len(failures) if failures else None,
-                                                            "tokens_per_fix": tokens / fixed if fixed else None}
-    return figures
-
-
-def clustered(pairs):
-    """Mean of (problem, value) pairs, and half its 95% interval over problems: those of a problem are one cluster."""
-    sums = defaultdict(lambda: np.zeros(2))
-    for problem, value in pairs:
-        sums[problem] += value, 1
-    totals, counts = np.array(list(sums.values())).T
-    ratio, n = totals.sum() / counts.sum(), len(counts)
-    residuals = totals - ratio * counts
-    return ratio, 1.96 * (n / (n - 1) * (residuals ** 2).sum()) ** 0.5 / counts.sum() if n > 1 else math.nan
-
-
-def evaluate_file(config):
-    """Evaluate config.model on config.data, with the model config.critic as critic; k = config.eval_samples.
-
-    Writes every response to responses.jsonl and the figures to figures.json, in config.out, and prints a table.
-    """
-    out, problems = Path(config.out), load_problems(config.data)[:config.eval_problems]
-    if (out / "responses.jsonl").exists():
-        raise UsageError(f"{out / 'responses.jsonl'} is there already; choose another --out")
-    solver = load_model(config.model, config)
-    critic = solver if config.critic == "trained" else load_model(config.critic, config)
-    for model, tokenizer in (solver, critic):
-        check_context(model, tokenizer, problems, config)
-        place(model, config)
-    out.mkdir(parents=True, exist_ok=True)
-    with fixed_draws(solver[0], config.seed):
-        turns = rollout(*solver, problems, evaluation_config(config), critic, gated=False)
-    with open(out / "responses.jsonl", "w") as file:
-        log_sessions(file, turns, problems)
-    figures = {name: clustered(pairs) for name, pairs in outcomes(turns, problems).items() if pairs}
-    write_json(out / "figures.json", figures)
-    print(f"{len(problems)} problems, {config.eval_samples} sessions each; the interval is 95%, over problems")
-    print_figures({"mean": {name: value for name, (value, _) in figures.items()},
-                   "+-": {name: half for name, (_, half) in figures.items()}})
-    print(f"every response is in {out / 'responses.jsonl'}")
-
-
-# -------------------------------------------------------------------------------------------------------- comparison
-
-ARMS = {"icrl": {}, "grpo": dict(method="grpo"), "grpo_tokens": dict(method="grpo"),
-        "w_one": dict(weight="one"), "w_sequence": dict(weight="sequence"), "w_shaped": dict(weight="shaped"),
-        "pooled": dict(groups="pooled"), "role_round": dict(groups="role_round"), "frozen": dict(critic="frozen"),
-        "placebo": dict(critic="placebo"), "retry": dict(critic="retry"), "shuffled": dict(critic="shuffled")}
-
-
-def compare(config, arms, seeds):
-    """Train each arm with each seed into config.out/ARM-SEED, write config.out/compare.csv and print the comparison.
-
-    Finished runs are not repeated, interrupted ones are resumed. The first arm is the reference. `grpo_tokens` has
-    twice the samples and stops at as many generated tokens as `icrl` took with its seed. The CSV has a row for each
-    evaluation; w_* are means over the steps since the one before, and the last row of a run holds the critic swap.
-    """
-    if "grpo_tokens" in arms and "icrl" not in arms[:arms.index("grpo_tokens")]:
-        raise UsageError("--arms: name icrl before grpo_tokens, which may spend as many tokens as icrl did")
-    if len({*arms}) < len(arms) or len({*seeds}) < len(seeds) or min(seeds) < 0:
-        raise UsageError("--arms and --seeds: each only once, and no seed below 0")
-    if config.samples == 1 and {"grpo", "role_round"} & {*arms}:
-        raise UsageError("--samples 1 leaves the arms grpo and role_round nothing to compare a reward with")
-    if own := [f"--{name}" for name in ("method", "critic", "weight", "groups", "seed")
-               if getattr(config, name) != getattr(Config, name)]:
-        raise UsageError(f"to compare, --arms and --seeds say what differs; leave out {', '.join(own)}")
-    folder, rows = Path(config.out), []
-    for seed, arm in itertools.product(seeds, arms):
-        run = folder / f"{arm}-{seed}"
-        settings = dataclasses.replace(config, out=str(run), seed=seed, **ARMS[arm])
-        if arm == "grpo_tokens":
-            spent = json.loads((folder / f"icrl-{seed}" / "result.json").read_text())["tokens"]
-            settings = dataclasses.replace(settings, samples=2 * config.samples, token_limit=spent,
-                                           steps=100 * config.steps)         # more than the tokens can last
-        before = json.loads((run / "config.json").read_text()) if (run / "config.json").exists() else {}
-        if other := [f"--{f.name}" for f in dataclasses.fields(Config) if f.name == "steps" or not f.metadata["resumes"]
-                     if before.get(f.name, getattr(settings, f.name)) != getattr(settings, f.name)]:
-            raise UsageError(f"{run} was run with another {', '.join(other)}; choose another --out")
-        if not (run / "result.json").exists():
-            train(settings, resume=run.exists())
-        rows += [{"arm": arm, "seed": seed, **row} for row in evaluations(run)]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with open(folder / "compare.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    print_comparison(folder / "compare.csv")
-
-
-def evaluations(run):
-    """The evaluations of a finished run, a row each; w_* are means over the steps since the one before."""
-    result, since = json.loads((run / "result.json").read_text()), []
-    rows = [{"step": 0, "tokens": 0, **result["before"]}]
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        step = json.loads(line)
-        since.append(step)
-        if "heldout" in step:
-            w = {name: mean(s[name] for s in since if s[name] is not None) for name in ("w_mean", "w_capped", "w_ess")}
-            rows.append({"step": step["step"], "tokens": step["tokens"], **step["heldout"], **w})
-            since = []
-    swap = {f"{key}, {who}": value for who, figures in result["swap"].items() for key, value in figures.items()}
-    rows[-1] |= {**swap, "seconds": result["seconds"]}
-    return rows
-
-
-def read_runs(path):
-    """A CSV of `compare` as {arm: [run of each seed]}; a run is a list of rows, empty fields are nan."""
-    runs = defaultdict(list)
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            row = {key: value if key == "arm" else float(value or "nan") for key, value in row.items()}
-            if row["step"] == 0:
-                runs[row["arm"]].append([])
-            runs[row["arm"]][-1].append(row)
-    return runs
-
-
-def tokens_until(run, accuracy):
-    """Thousands of training tokens until critique-free `accuracy`, interpolated between evaluations; inf if never."""
-    if run[0]["pass@1"] >= accuracy:
-        return 0.0
-    for before, after in itertools.pairwise(run):
-        if after["pass@1"] >= accuracy:
-            share = (accuracy - before["pass@1"]) / (after["pass@1"] - before["pass@1"])
-            return (before["tokens"] + share * (after["tokens"] - before["tokens"])) / 1000
-    return float("inf")
-
-
-# What is reported of a run (rows of its evaluations, the first before training), in two tables.
-MEASURES = [{
-    "critique-free": lambda run: run[-1]["pass@1"],
-    "after a critique": lambda run: run[-1]["after_gated"],
-    "k tokens": lambda run: run[-1]["tokens"] / 1000,
-    "k tokens to 0.8": lambda run: tokens_until(run, 0.8),
-    "internalised": lambda run: (run[-1]["pass@1"] - run[0]["pass@1"]) / (
-        run[0]["after_gated"] - run[0]["pass@1"] or math.nan),
-    "right to wrong": lambda run: run[-1]["right_to_wrong"],
-}, {
-    "base solver fixes": lambda run: run[-1]["fixed, trained critic, base solver"],
-    "tokens per fix": lambda run: run[-1]["tokens_per_fix, trained critic, base solver"],
-    "trained solver, base critic": lambda run: run[-1]["fixed, base critic, trained solver"],
-    "both trained": lambda run: run[-1]["fixed, trained critic, trained solver"],
-    "leaks": lambda run: run[-1]["leaks"],
-    "fixed if leaked": lambda run: run[-1]["fixed_if_leaked"],
-    "fixed if not": lambda run: run[-1]["fixed_if_not"],
-    "w at first": lambda run: run[1]["w_mean"],
-    "w at last": lambda run: run[-1]["w_mean"],
-    "at the cap": lambda run: run[-1]["w_capped"],
-    "ESS": lambda run: run[-1]["w_ess"],
-}]
-
-
-def print_comparison(path):
-    """Tables of each arm's last evaluation: mean and 95% interval over seeds, differences to the first arm by seed."""
-    runs = read_runs(path)
-    reference, *_ = runs
-    for number, measures in enumerate(MEASURES):
-        titles = ["arm", *measures]
-        titles[2:2] = [f"minus {reference}", "p", "detectable"] * (number == 0)
-        print(f"\n| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
-        for arm, mine in runs.items():
-            cells = [arm, *(interval(np.array([measure(run) for run in mine])) for measure in measures.values())]
-            if number == 0:
-                difference = np.array([run[-1]["pass@1"] - other[-1]["pass@1"]
-                                       for run, other in zip(mine, runs[reference])])
-                cells[2:2] = ["", "", ""] if arm == reference else [
-                    interval(difference), f"{sign_flip(difference):.3f}", f"{detectable(difference):.2f}"]
-            print(f"| {' | '.join(cells)} |")
-
-
-@functools.cache
-def t_quantile(p, n):
-    """Quantile of Student's t with n - 1 degrees of freedom, from a million fixed draws: good to 1%."""
-    return np.quantile(np.random.default_rng(0).standard_t(n - 1, 10 ** 6), p)
-
-
-def half_interval(values):
-    """Half the 95% interval of a mean, by Student's t; nan for a single value."""
-    return t_quantile(0.975, len(values)) * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else math.nan
-
-
-def interval(values):
-    """'mean +- half the 95% interval' as text; where values are missing it says of how many runs."""
-    known = values[np.isfinite(values)]
-    if len(known) == 0:
-        return "-"
-    digits = 0 if abs(known).max() >= 100 else 1 if abs(known).max() >= 10 else 2
-    half = f" +- {half_interval(known):.{digits}f}" if len(known) > 1 else ""
-    missing = f" ({len(known)} of {len(values)})" if len(known) < len(values) else ""
-    return f"{known.mean():.{digits}f}{half}{missing}"
-
-
-def detectable(differences):
-    """The smallest true difference that as many seeds would have shown (p < 0.05) four times in five."""
-    n = len(differences)
-    return (t_quantile(0.975, n) + t_quantile(0.8, n)) * differences.std(ddof=1) / n ** 0.5 if n > 1 else math.nan
-
-
-def sign_flip(differences):
-    """Exact two-sided p-value of paired differences: how many ways of flipping their signs give as large a sum."""
-    signs = np.array(list(itertools.product((1, -1), repeat=len(differences))))
-    return np.mean(np.abs(signs @ differences) >= abs(differences.sum()) - 1e-12)
-
-
-def plot(paths, image):
-    """Draw critique-free accuracy against generated tokens, a panel for each CSV: means, and the last 95% interval."""
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise UsageError("drawing needs matplotlib: pip install matplotlib") from error
-    figure, panels = pyplot.subplots(1, len(paths), figsize=(6 * len(paths), 4.5), sharey=True, squeeze=False)
-    for panel, path in zip(panels[0], paths):
-        for arm, runs in read_runs(path).items():
-            curves = np.array([[(row["tokens"] / 1000, row["pass@1"]) for row in run[:min(map(len, runs))]]
-                               for run in runs])                                # (seeds, evaluations, 2)
-            x, y = curves.mean(0).T
-            half = half_interval(curves[:, -1, 1])
-            style = dict(color="black", lw=3) if arm == "icrl" else dict(color=f"C{[*ARMS, arm].index(arm) % 10}")
-            panel.plot(x, y, "--" if arm.startswith("grpo") else "-", label=arm, **style)
-            panel.errorbar(x[-1], y[-1], half, capsize=3, **style)
-        panel.set(title=Path(path).stem, xlabel="thousand tokens generated in training", ylim=(0, 1))
-    panels[0, 0].set_ylabel("critique-free held-out accuracy")
-    lines = {line.get_label(): line for panel in panels[0] for line in panel.get_lines()
-             if not line.get_label().startswith("_")}
-    panels[0, -1].legend(lines.values(), lines.keys(), frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(image, dpi=130, bbox_inches="tight")
-    print(f"\nthe figure is in {image}")
-
-
-# --------------------------------------------------------------------------------------------------------- problems
 
 def load_problems(path):
-    """Problems from JSONL: an object a line with `problem` or `question`, and `answer`, `final_answer` or `solution`.
+    """Read problems from a JSONL file: a list of dicts with at least "problem" and "answer", both strings.
 
-    The answer may be the bare answer, a list of answers, a GSM8K solution (after '####') or a MATH solution (in its
-    last box). Returns dicts with at least `problem` and `answer`. A line that cannot be used is an error that names
-    file and line: training on half a data set without saying so would be worse.
+    A line has its text under "problem", "question" or "prompt", and its answer under "answer", "final_answer",
+    "solution" or "ground_truth": the bare answer, a list of answers, a GSM8K solution (after "####") or a MATH solution
+    (in its last box). Exact repeats are dropped. Any other line that cannot be used is an error, because to train on a
+    part of the file without a word would be worse. Raises UsageError with the numbers of the first bad lines.
     """
-    problems, seen = [], {}
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")    # splitlines() would cut inside strings
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    problems, bad, repeats = {}, [], 0
+    text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
+    lines = enumerate(text.split("\n"), 1)                    # splitlines() would also split inside strings
+    for number, line in ((number, line) for number, line in lines if line.strip()):
         try:
             row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()      # half a surrogate pair is no text
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{path}, line {number}: not JSON: {error}") from error
-        row = {key.lower(): value for key, value in row.items()} if isinstance(row, dict) else {}
-        problem = row.get("problem", row.get("question"))
-        answer = row.get("answer", row.get("final_answer", row.get("solution")))
-        answer = ", ".join(map(str, answer)) if isinstance(answer, list) else answer
-        answer = str(answer) if isinstance(answer, (str, int, float)) else ""
-        if "####" in answer:
-            answer = answer.rpartition("####")[2]
-        elif r"\boxed" in answer:
-            answer = extract_answer(answer) or ""
-        if not isinstance(problem, str) or not problem.strip() or not is_correct(rf"\boxed{{{answer}}}", answer):
-            raise UsageError(f"{path}, line {number}: expected text under 'problem' or 'question' and an answer that "
-                             "fits in a box under 'answer', 'final_answer' or 'solution'")
-        if seen.setdefault(problem, number) != number:
-            raise UsageError(f"{path}, line {number}: the same problem as in line {seen[problem]}")
-        problems.append({**row, "problem": problem, "answer": answer.strip()})
-    if not problems:
-        raise UsageError(f"{path} holds no problems")
-    return problems
-
-
-def load_examples(config):
-    """The problems of --examples, each with a worked `solution`; none by default."""
-    examples = load_problems(config.examples) if config.examples else []
-    for example in examples:
-        if not isinstance(example.get("solution"), str):
-            raise UsageError(f"{config.examples}: {example['problem'][:60]!r} has no text under 'solution'")
-    return examples
+            problem, answer = problem_and_answer(row)
+            if problems.get(problem, {"answer": answer})["answer"] != answer:
+                raise ValueError("the same problem has another answer further up")
+            repeats += problem in problems
+            problems[problem] = {**row, "problem": problem, "answer": answer}
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            bad.append(f"line {number}: {error}")
+    if bad or not problems:
+        raise UsageError(f"{path}: {len(bad)} lines cannot be used ({'; '.join(bad[:3]) or 'the file is empty'}). Each "
+                         'line must be one object, such as {"problem": "1 + 1?", "answer": "2"}')
+    if repeats:
+        print(f"{path}: {repeats} lines repeat an earlier problem and its answer; each is used once")
+    return list(problems.values())
 
 
 # --------------------------------------------------------------------------------------------------- answer checking
 #
-# (To copy it, take all from here to "command line", and what it imports: cmath, itertools, math, random, re, Fraction,
-# operator.)
-#
-# Find the box, bring both answers to one spelling, compare them part by part.
-#
-# Two formulas are equal if their values are: rational numbers exactly, all others to ten digits. Variables
-# get the same random values on both sides, three times over. Nothing is handed to Python or sympy to run:
-# the small parser at the end reads the notation below, and what it cannot read is compared as text.
+# is_correct finds the box of a response and compares its content with the gold answer in three stages:
+#   1. normalise      bring both to one spelling: \dfrac34 and \frac{3}{4}, 1,234 and 1234, 8 cm and 8\text{cm}.
+#   2. same           take lists, equations, intervals and tuples apart and compare them piece by piece.
+#   3. Formula        compute what is left. Two formulas are equal if their values are, with the same three random
+#                     values for each variable on both sides.
+# Nothing is handed to Python or sympy to run. What Formula cannot read is compared as text.
+# Some rules are policies: other checkers decide otherwise. They are marked "Policy".
 
-# The spelling that is used below, and the others that it replaces. Signs that an answer may carry or leave out ($, %,
-# degrees) are replaced by nothing, like the commands that only change the looks.
-SPELLING = {spelling: form for form, spellings in {
-    "": r"\left \right \big \Big \bigl \bigr \displaystyle \, \; \: \! \( \) $ \$ % \% ° ^° ^\circ ^{\circ}",
-    r"\text": r"\mbox \textbf \textit \textrm \mathrm \mathbf \operatorname \boxed", "{": r"\{", "}": r"\}",
-    r"\frac": r"\dfrac \tfrac \cfrac", r"\frac12": "½", r"\sqrt ": "√", r"\pi ": "π", "^2": "²", "^": "**",
-    "*": r"\cdot \times × ·", "/": r"\div ÷", "-": "− –", "±": r"\pm", "∓": r"\mp", " ": r"\ ~ \quad \qquad",
-    "<": r"\lt", ">": r"\gt", "≤": r"\le \leq", "≥": r"\ge \geq", "≈": r"\approx", "∈": r"\in", "∪": r"\cup",
-    "∞": r"\infty", "'": r"\prime", "(": r"\langle", ")": r"\rangle", ",": "{,} &", ";": r"\\",
-    "⟦": r"\begin{matrix} \begin{pmatrix} \begin{bmatrix}", "⟧": r"\end{matrix} \end{pmatrix} \end{bmatrix}",
-}.items() for spelling in spellings.split()}
-SPELLED = r"\\(?:begin|end)\{\w*\}|\^\{\\circ *\}|\^(?:\\circ|°)|\\! *|\\[A-Za-z]+|\{,\}|\*\*|\\?[^A-Za-z0-9]"
+# 1. The spelling that is used below, and other spellings of it. Commands that only change the looks are replaced by
+# nothing. Policy: so are the signs % and °, which an answer may carry or leave out. But 35% is not 0.35.
+SPELLINGS = {
+    "": r"\left \right \big \Big \bigl \bigr \displaystyle \mathbf \, \; \: \! \( \) \[ \] $ % \% ° ^° ^\circ ^{\circ}",
+    r"\text": r"\mbox \textbf \textrm \textnormal \mathrm \operatorname \boxed", " ": r"~ \quad \qquad", "{": r"\{",
+    r"\frac": r"\dfrac \tfrac \cfrac", r"\frac12": "½", r"\frac34": "¾", r"\binom": r"\dbinom \tbinom", "$": r"\$ € £",
+    r"\sqrt ": "√", r"\sqrt[3]": "∛", "^": "**", "^2": "²", "^3": "³", r"\pi ": "π", r"\theta ": "θ", "'": r"\prime",
+    "*": r"\cdot \times × ·", "/": r"\div ÷", "-": "− –", "±": r"\pm", "∓": r"\mp", "…": r"\ldots \cdots \dots ...",
+    "<": r"\lt", ">": r"\gt", "≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=", "≠": r"\ne \neq",
+    "=": r"\equiv ≡", "≈": r"\approx", "∈": r"\in", "∪": r"\cup", "∖": r"\setminus", "∞": r"\infty", "ℝ": r"\mathbb{R}",
+    "∅": r"\emptyset \varnothing", "}": r"\}", "(": r"\langle", ")": r"\rangle \rfloor \rceil", ",": "{,} &",
+    r"\floor(": r"\lfloor", r"\ceil(": r"\lceil", "|": r"\lvert \rvert \mid", ";": r"\\ \\\\", "inch": "inches"}
+SPELLING = {other: form for form, others in SPELLINGS.items() for other in others.split()}
+SPELLING |= {chr(code + 0xFEE0): chr(code) for code in range(ord("!"), ord("~") + 1)}           # full width, as in １２
+OTHER = "|".join(re.escape(other) + (r"(?![A-Za-z])" if other[-1].isalpha() else "")
+                 for other in sorted(SPELLING, key=len, reverse=True))                          # the longest first
 
-UNITS = "cm|km|inches|feet|miles|units|kg|grams|dollars|cents|percent\\w*|pct|degrees|hours|days|weeks|years"
-GREEK = "alpha|beta|gamma|delta|epsilon|zeta|eta|theta|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|chi|psi|omega"
-FUNCTIONS = {**{name: getattr(cmath, name.replace("arc", "a")) for name in (
-    "sqrt exp log sin cos tan sinh cosh tanh arcsin arccos arctan".split())}, "ln": cmath.log,
-    "cot": lambda z: 1 / cmath.tan(z), "sec": lambda z: 1 / cmath.cos(z), "csc": lambda z: 1 / cmath.sin(z)}
+
+def unknown(name):
+    """A random number that depends on the name only."""
+    draw = random.Random(name)
+    return cmath.rect(draw.uniform(1, 4), draw.uniform(0.1, 0.3))
+
+
+def floor(z):
+    """The floor of a real number. For a variable it is some other random number."""
+    return unknown(f"floor {z:.6g}") if z.imag else math.floor(z.real + 1e-9)
+
+
+FUNCTIONS = {name: getattr(cmath, name) for name in "sqrt exp log sin cos tan sinh cosh tanh".split()}
+FUNCTIONS |= {"ln": cmath.log, "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan, "abs": abs,
+              "cot": lambda z: 1 / cmath.tan(z), "sec": lambda z: 1 / cmath.cos(z), "csc": lambda z: 1 / cmath.sin(z),
+              "floor": floor, "ceil": lambda z: -floor(-z)}
+# The parts of a formula, and what has a name: x, x_1, \phi', \dot{x}; a LABEL is also f(x), AB, Area or (p,q).
+CONSTANTS = {r"\pi": math.pi, "e": math.e, "i": 1j, "∞": math.inf}
+GREEK = "alpha|beta|gamma|delta|epsilon|zeta|eta|theta|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|chi|psi|omega|hbar|ell"
 NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?"
-VARIABLE = rf"(?:[A-Za-z∞]|\\(?i:(?:var)?(?:{GREEK}))(?![A-Za-z]))(?:_(?:\{{[^{{}}]*\}}|\w))?'*"
-LABEL = rf"(?:(?:{VARIABLE}|[A-Z]+|[A-Za-z]{{3,}})(?:\([\w,\\]+\))?|\([a-z,]+\))"  # x, f(x), AB, Area, (p,q)
+VARIABLE = rf"(?:\\dot(?:\{{\w\}}| ?\w)|[A-Za-z…]|\\(?i:(?:var)?(?:{GREEK}))(?![A-Za-z]))(?:_(?:\{{[^{{}}]*\}}|\w))?'*"
+LABEL = rf"(?:(?:\\Delta ?)?(?:{VARIABLE}|[A-Z]+|[A-Za-z]{{3,}})(?:\([\w,\\]+\))?|\([a-z][\w,{{}}…]*\))"
+# What stands between two braces, with one more pair of braces inside.
+NESTED = r"((?:[^{}]|\{[^{}]*\})*)"
+# Two units that differ are wrong. Policy: any other noun after a number is taken for what is counted, and is not
+# compared: 30 apples is 30. The words of NO_UNIT change the number, so an answer with one is never that number.
+UNITS = r"(?:(?:second|minute|hour|day|week|month|year|dollar|cent|unit|mile|\w*meter)s?|[ckm]m|[km]g|fe*t|inch|[ap]m)"
+NO_UNIT = "(?:ten|hundred|thousand)(?:ths?)?|[a-z]+illion|dozen|half|thirds?|quarters?|squared|more|less|wrong|not?"
 
 REWRITES = [(re.compile(pattern), new) for pattern, new in [
-    (r"(?<!\\)\\\\(?=[a-z]{3})", r"\\"),                                          # \\frac, escaped twice
-    (SPELLED, lambda m: SPELLING.get(m[0].replace(" ", ""), m[0])),
+    # \\frac, escaped twice; the space \ ; a matrix is ⟦1,2;3,4⟧.
+    (r"(?<!\\)\\\\(?=[a-z]{3})", r"\\"), (r"(?<!\\)\\ ", " "), (r"\\! +", ""), (r"\\circ +\}", r"\\circ}"),
+    (r"\\begin\{(?:array\} *\{[^{}]*|[pb]?matrix|cases)\}", "⟦"), (r"\\end\{(?:array|[pb]?matrix|cases)\}", "⟧"),
+    (OTHER, lambda match: SPELLING[match[0]]), (r"(?<=[0-9])\^?\{?(?:\\text *\{)?(?:st|nd|rd|th)\b\}*", ""),
+    # 3 \text{ and } 4 is a list; f(x)=1 \text{ for all } x is f(x)=1; 12^{\text{th}} is 12.
     (r"[, ]*(?:\\text *\{[, ]*(?:and|or)[, ]*\}|\b(?:and|or)\b)", ","),
-    (rf"(?<=[0-9}}]) *((?:square |cubic )?(?:{UNITS})\b)", r"\\text{\1}"),     # 8 cm
+    (r"[, ]*(?:\\text *\{ *)?\bfor (?:all|any|every|each)\b[^,;]*", ""),
+    # Units become \text: 4:30 p.m.; \frac{\text{m}}{\text{s}}; 8 cm; 30 apples; \$5. Policy: mod 5 is a unit, too.
+    (r" *\\text *", r"\\text"), (r"\(? *\\?[pb]?mod *\{?([0-9a-z]+)\}? *\)?", r"\\text{mod\1}"),
+    (r"\\frac\{\\text\{([^{}]+)\}\}\{\\text\{([^{}]+)\}\}", r"\\text{\1/\2}"),
+    (rf"\\text\{{ *([ei]) *\}}|(?<![0-9A-Za-z)}}\]/*])\\text\{{{NESTED}\}}", r" \1\2"),           # but \text{12 feet}
+    (r"(?i)(?<=[0-9]) *(?:\\text\{ *)?([ap])\.? ?m\b\.?(?: *\})?", r"\\text{\1m}"),
+    (rf"(?:(?<=[0-9}}])| )({UNITS}\b|(?<=[0-9)}}] )[a-z]{{3,}}[a-z ]*)", r"\\text{\1}"),
     # 1,234 is a number, but (1,234) is a pair and 1, 234 a list.
-    (r"(?<![0-9,.(\[])(?<![(\[]-)[0-9]{1,3}(?:,[0-9]{3})+(?!,?[0-9])", lambda m: m[0].replace(",", "")),
-    (r" +(?![A-Za-z0-9])|(?<![A-Za-z0-9]) +", ""),                                # but 1 2 is not 12
-    (rf"(?<![\\A-Za-z])(?:np\.)?(pi|{'|'.join(FUNCTIONS)})(?![A-Za-z])", r"\\\1"),           # sqrt(2)
-    (r"\\(sin|cos|tan)\^(?:\{-1\}|-1)", r"\\arc\1"),
-    (r"\\(frac|sqrt) ?([0-9])", r"\\\1{\2}"),                                     # \frac12
-    (r"\\sqrt\[([0-9n])\]\{((?:[^{}]|\{[^{}]*\})*)\}", r"{\2}^{1/\1}"),                   # \sqrt[3]{2}
-    # A mixed number, as 1\frac{1}{2} and 1 1/2, is a sum.
+    (r"(?<![0-9,.(\[{])(?<![(\[{]-)[0-9]{1,3}(?:,[0-9]{3})+(?!,?[0-9])", lambda match: match[0].replace(",", "")),
+    (r"\$ *([0-9]*\.?[0-9]+)", r"\1\\text{dollars}"), (r"\$", ""),
+    # 2^6 3^5 is a product. Other spaces go, but 1 2 is not 12.
+    (r"(\^[0-9]+ |\^\{[0-9]+\} ?|[!)] ?)(?=[0-9])", r"\1*"), (r" +(?![A-Za-z0-9])|(?<![A-Za-z0-9]) +", ""),
+    # There are no brackets around a matrix. Elsewhere (1;2) is (1,2).
+    (r"[,;]+(?=[,;⟧])|[(\[](?=⟦)|(?<=⟧)[)\]]", ""), (r";(?![^⟦⟧]*⟧)", ","), (r"(?<=[0-9}])≈.*", ""),
+    # A factor before a matrix goes into its cells.
+    (r"([^⟦⟧,;=]+)⟦([^⟦⟧]*)⟧", lambda m: "⟦" + re.sub("[^,;]+", lambda cell: f"{m[1]}({cell[0]})", m[2]) + "⟧"),
+    # sqrt(2), \sin^{-1} x, \frac12, \sqrt[3]{2}, |x|, {a \over b}
+    (rf"(?<![\\A-Za-z])(?:np\.)?(pi|{'|'.join(FUNCTIONS)})(?![A-Za-z])", r"\\\1"),
+    (r"\\(sin|cos|tan)\^(?:\{-1\}|-1)", r"\\arc\1"), (r"\\(frac|sqrt|binom) ?([0-9])", r"\\\1{\2}"),
+    (rf"\\sqrt\[([0-9n])\](\{{{NESTED}\}}|\w)", r"{\2^{1/\1}}"), (r"\|([^|]+)\|", r"\\abs(\1)"),
+    (rf"\{{{NESTED}\\over{NESTED}\}}", r"\\frac{\1}{\2}"), (rf"\{{{NESTED}\\choose{NESTED}\}}", r"\\binom{\1}{\2}"),
+    # A mixed number, such as 1\frac{1}{2} or 1 1/2, is a sum, and so is 0.9\overline{6}. 1/3 \approx 0.33 is 1/3.
     (r"(?<![0-9.^_/])([0-9]+)(\\frac\{[0-9]+\}(?:[0-9]|\{[0-9]+\})| [0-9]+/[0-9]+)", r"(\1+\2)"),
-]]
+    (r"(\d*\.)(\d*)\\overline\{(\d+)\}", lambda m: f"({m[1]}{m[2]}0+{m[3]}/{'9' * len(m[3])}{'0' * len(m[2])})"),
+    # Sets of real numbers become inequalities and intervals: {x|x<1}, -x>-1, |x|>8, |x|<8, x≠4, ℝ∖{4}, ℝ∖{4,5}.
+    (r"\{[a-z](?:∈ℝ)?[|:]([^{}]*)\}|^[a-z]∈(?=\{)", r"\1"), (r"^-([a-z])([<>≤≥])(.+)", r"-(\3)\2\1"),
+    (r"^\\abs\(([a-z])\)([>≥])(.+)", r"\1\2\3∪-(\3)\2\1"), (r"^\\abs\(([a-z])\)([<≤])(.+)", r"-(\3)\2\1\2\3"),
+    (r"^(?:[a-z]≠|(?:[a-z]∈)?ℝ∖)([^{},≠]+|\{[^{},]+\})$", r"(-∞,\1)∪(\1,∞)"), ("^(?:[a-z]∈)?ℝ\\.?$", "(-∞,∞)"),
+    (r"^(?:[a-z]∈)?ℝ∖\{([^{},]+),([^{},]+)\}\.?$", r"(-∞,\1)∪(\1,\2)∪(\2,∞)")]]
+
+
+def closing_boxes(text):
+    """The contents of the boxes in the last sentence that has a box. Empty boxes are skipped.
+
+    If the last box is never closed, there is no answer. Text between two boxes such as "no, wait" ends the sentence.
+    """
+    # The end of the text is enough: no reward may take seconds. TeX reads \boxed 7 as \boxed{7}.
+    text = re.sub(r"(\\boxed|\\fbox)\s*([0-9]|[A-Za-z]\b)", r"\1{\2}", text.rstrip()[-50_000:])
+    boxes = []
+    for piece in reversed(re.split(r"\\(?:boxed|fbox)\s*\{", text)[1:]):
+        end = closing_brace(piece)
+        if end is None or boxes and re.search(r"[.!?:]\s|\n\s*\n|\b(?:no|not|wait|but|so|thus)\b", piece[end:]):
+            break
+        if piece[:end].strip():
+            boxes.insert(0, piece[:end].strip())
+    return boxes
+
+
+def closing_brace(text):
+    r"""The position of the brace that closes one before `text`, or None. The braces \{ and \} do not count."""
+    depths = itertools.accumulate((char == "{") - (char == "}") for char in re.sub(r"\\[\\{}]", "  ", text))
+    return next((position for position, depth in enumerate(depths) if depth < 0), None)
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}` that is closed and not empty, or None without one.
+    r"""The content of the last `\boxed{...}` or `\fbox{...}` that is not empty.
 
-    A box among the thoughts of a thinking model counts only if there is none behind them. Braces are paired from the
-    end, in linear time, so that one never closed cannot swallow a later box.
+    Returns None if there is none, or if the last box is never closed.
     """
-    ends, text = [], text[:text.rfind("}") + 1][-50_000:]     # no answer is longer, and no reward may take seconds
-    for brace in reversed(list(re.finditer(r"\\?\\(?:boxed|fbox)\s*\{|\\[\\{}]|[{}]", text))):
-        if brace[0] == "}":
-            ends.append(brace.start())
-        elif brace[0].endswith("{") and brace[0] != r"\{" and ends:
-            start, end = brace.end(), ends.pop()
-            if brace[0] != "{" and text[start:end].strip():
-                return text[start:end].strip()
-    return None
+    return (closing_boxes(text) or [None])[-1]
 
 
 def is_correct(response: str, answer: str) -> bool:
-    r"""Say whether the boxed answer of `response` is equal to the gold `answer`; no box is wrong.
+    r"""Say whether the boxed answer of `response` is equal to the gold `answer`.
 
-    Rational numbers, decimals among them, must be equal exactly, other values to a relative 1e-10. Only where
-    the gold answer is a decimal of three or more digits does a value count that rounds to it. A list or a set
-    may come in any order; a tuple, an interval or a matrix may not. A name (x = 5), a unit or the base of a
-    number (204_5) may be missing on one side, but two that differ are wrong. Words ignore case.
+    Box: the last one counts. If the gold answer is a list of n, the n boxes of the last sentence are its items.
+    Numbers: rational numbers and decimals must be equal exactly, other values to a relative 1e-10. An infinite or
+    undefined value is equal to nothing.
+    Rounding: if the gold answer is a decimal of three or more digits, a value that rounds to it is right. But two
+    decimal places are exact, because they may be money: 12.504 is not 12.50. Policy: if the gold answer is no decimal,
+    its decimal of six or more digits is right: 0.333333 for 1/3.
+    Order: a list or a set may come in any order. A tuple, an interval or a matrix may not.
+    Names and units: a name (x = 5, m+n = 5), a unit (cm, dollars, PM) or the base of a number (204_5) may be missing
+    on one side. Two that differ are wrong.
+    Words ignore case.
+
+    Never raises. If the response or the answer is None, a float or a list, it is wrong. An int answer is its text.
     """
-    gold = answer.strip()
-    if len(re.findall(r"\\boxed", gold)) == 1:                   # a gold answer may come in its own box
-        gold = extract_answer(gold) or gold
-    boxed = extract_answer(response)
-    if boxed is None or boxed == gold or max(len(boxed), len(gold)) > 400:    # too long to be worth parsing
-        return boxed == gold
-    return _same(_normalise(gold), _normalise(boxed))
+    if not isinstance(response, str) or not isinstance(answer, (str, int)):
+        return False
+    boxes = closing_boxes(response)
+    gold = ",".join(closing_boxes(str(answer))) or str(answer).strip()        # a gold answer may come in boxes, too
+    if not boxes or len(gold) > 400:                          # over 400 characters only the same text is right
+        return boxes[-1:] == [gold]
+    boxed = ",".join(boxes) if 1 < len(boxes) == len(items(normalise(gold))) else boxes[-1]
+    return boxed == gold or len(boxed) <= 400 and same(normalise(gold), normalise(boxed))
 
 
-def _normalise(text):
+def normalise(text):
     text = " ".join(text.split())
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
-    return re.sub(r"(?<=[0-9}])≈.*", "", text).strip(" ,;:").rstrip(".")       # 1/3 \approx 0.33 is 1/3
+    return text.replace("+∞", "∞").strip(" ,;:").rstrip(".")
 
 
-def _split(text, separators):
+def split(text, separator):
     """Split `text` at the separators that stand outside all brackets."""
     depths = itertools.accumulate((char in "([{⟦") - (char in ")]}⟧") for char in text)
-    cuts = [i for i, depth in enumerate(depths) if depth == 0 and text[i] in separators]
-    return [text[start + 1:end] for start, end in itertools.pairwise([-1, *cuts, len(text)])]
+    return "".join("\0" if depth == 0 and char in separator else char for char, depth in zip(text, depths)).split("\0")
 
 
-def _items(text):
-    """The answers in a list, a set or a union; a plus-minus makes two."""
-    if text[:1] == "{" and _split(text, "}") == [text[:-1], ""]:
+def items(text):
+    """The answers in a list, a set or a union; a plus-minus makes two of one."""
+    if text.startswith("{") and split(text, "}") == [text[:-1], ""]:          # {1,2}, but not {1}/{2}
         text = text[1:-1]
-    return [item.strip().translate({ord("±"): sign, ord("∓"): "+-"[sign == "+"]})
-            for item in _split(text, ",;∪") for sign in ("+-" if "±" in item else "+")]
+    return [item.replace("±", sign).replace("∓", "-" if sign == "+" else "+").strip()
+            for item in split(text, ",∪") for sign in ("+-" if "±" in item else "+")]
 
 
-def _same(gold, pred):
-    """Compare two answers, or two parts of answers, by what they are made of."""
-    golds, preds = _items(gold), _items(pred)
-    if gold == pred or len(golds) != len(preds):
-        return gold == pred
-    if len(golds) > 1:
-        return all(sum(_same(item, gold) for gold in golds) == sum(_same(item, pred) for pred in preds)
-                   for item in golds)
-    # k = 2 + 3 = 5 says k = 5, and an inequality is an interval.
-    gold, pred = (_as_interval(re.sub("=.*=", "=", text)) for text in (golds[0], preds[0]))
-    if "∈" in gold and "∈" in pred:
-        return all(map(_same, gold.split("∈"), pred.split("∈")))
-    if "=" in gold and "=" in pred:
-        return _same_value(gold, pred) or all(map(_same, gold.split("="), pred.split("=")))
-    bare = [re.sub(rf"^(?:{LABEL})?[=≈∈]", "", text) for text in (gold, pred)]
-    if bare != [gold, pred]:
-        return _same(*bare)
-    golds, preds = _split(gold[1:-1], ",;"), _split(pred[1:-1], ",;")
-    if len(golds) > 1:                                        # a tuple, an interval or a matrix
-        form, pred_form = ([text[:1], text[-1:], text.count(";")] for text in (gold, pred))
-        return form == pred_form and len(golds) == len(preds) and all(map(_same, golds, preds))
-    (gold, gold_unit), (pred, pred_unit) = _take_unit(gold), _take_unit(pred)
-    return "=" not in gold + pred and gold_unit in ("", pred_unit or gold_unit) and _same_value(gold, pred)
+def same(gold, pred):
+    """2. Compare two normalised answers, or two parts of answers."""
+    golds, preds = items(gold), items(pred)
+    if len(golds) == len(preds) == 1:
+        return golds == preds or same_item(golds[0], preds[0])
+    # A list, in any order: whatever it names comes as often on either side. A longer list must have the same text.
+    return gold == pred or len(golds) == len(preds) <= 20 and all(
+        sum(same(item, gold) for gold in golds) == sum(same(item, pred) for pred in preds) for item in golds)
 
 
-def _as_interval(text):
+def same_item(gold, pred):
+    # p = 2 * 3 = 6 says p = 6, and an inequality is an interval.
+    gold, pred = (as_interval(re.sub("=.*=", "=", text)) for text in (gold, pred))
+    for sign in "∈=:":                                                        # with a name on both sides, both count
+        if sign in gold and sign in pred:
+            golds, preds = gold.split(sign), pred.split(sign)
+            same_parts = len(golds) == len(preds) and all(map(same, golds, preds))
+            return same_parts or "=" in gold and same_value(gold, pred)       # 2x = 12 and x = 6
+    bare = [without_name(text) for text in (gold, pred)]
+    if bare != [gold, pred]:                                                  # with a name on one side, it does not
+        return same(*bare)
+    golds, preds = split(gold[1:-1], ",;"), split(pred[1:-1], ",;")
+    if len(golds) > 1:                                                        # a tuple, an interval or a matrix
+        form, pred_form = ([text[:1], [row.count(",") for row in text.split(";")], text[-1:]] for text in (gold, pred))
+        return form == pred_form and len(golds) == len(preds) and all(map(same, golds, preds))
+    (gold, unit), (pred, pred_unit) = take_unit(gold), take_unit(pred)
+    same_unit = not unit or not pred_unit or unit == pred_unit
+    return same_unit and "=" not in gold + pred and same_value(gold, pred)
+
+
+def without_name(text):
+    """5 for x=5, 5=x, AB=5 and, as a policy, for m+n=5. But 2x+y=5 and x+y=0 are equations and stay as they are."""
+    text = re.sub(rf"^(?!{LABEL}=)([^=]+)=({LABEL})$", r"\2=\1", text)
+    return re.sub(rf"^(?:(?:{LABEL})?[=≈∈]|[^0-9=]+=(?!-?0$)(?=(?:[^A-Za-z\\]|\\[a-z]+)+$))", "", text)
+
+
+def as_interval(text):
     """3<x≤4 is x∈(3,4], and 5≤x is x∈[5,∞)."""
     parts = re.split("([<>≤≥])", text)
-    if ">" in parts or "≥" in parts:
-        parts = [part.translate({ord(">"): "<", ord("≥"): "≤"}) for part in reversed(parts)]
+    if ">" in parts or "≥" in parts:                                          # read from the right, they are < and ≤
+        parts = [{">": "<", "≥": "≤"}.get(part, part) for part in reversed(parts)]
     if len(parts) == 3:
-        parts = ["-∞", "<", *parts] if re.fullmatch(VARIABLE, parts[0]) else [*parts, "<", "∞"]
-    if len(parts) != 5 or not re.fullmatch(VARIABLE, parts[2]):
+        parts = ["-∞", "<", *parts] if re.fullmatch(LABEL, parts[0]) else [*parts, "<", "∞"]
+    if len(parts) != 5 or not re.fullmatch(LABEL, parts[2]):
         return text
     low, opening, name, closing, high = parts
-    return f"{name}∈{'(['[opening == '≤']}{low},{high}{')]'[closing == '≤']}"
+    return name + "∈" + ("[" if opening == "≤" else "(") + low + "," + high + ("]" if closing == "≤" else ")")
 
 
-def _take_unit(text):
-    r"""12\text{cm} is ("12", "cm"). The base of a number, as in 204_5, counts as its unit."""
-    unit = r"\\text\{(?![ei]\})[A-Za-z ./]+\}(?:\^\{?-?[0-9]\}?)?"
-    end = re.search(rf"(?<=[A-Za-z0-9)}}\]])(?:{unit})+$|(?<=[0-9])_\{{?[0-9]+\}}?$|$", text).start()
-    return text[:end], re.sub(r"\\text|[ {}]|s\}", "", text[end:])
+def take_unit(text):
+    r"""12\text{cm} is ("12", "cm"). The base of a number, as in 204_5, counts as its unit. 30 apples is ("30", "")."""
+    unit = rf"[*/]?\\text\{{(?![^{{}}]*(?:,|\b(?i:{NO_UNIT})\b)){NESTED}\}}(?:\^\{{?-?[0-9]\}}?)?"
+    end = re.search(rf"(?<=[A-Za-z0-9)}}\]!])(?:{unit})+$|(?<=[0-9])_\{{?[0-9]+\}}?$|$", text).start()
+    unit = re.sub(r"\\text|[{}().]|(?<=\w\w)s\W*$", "", text[end:]).strip().lower()
+    return text[:end], unit if re.fullmatch(rf"{UNITS}|(?:square|cubic|sq).*|.{{1,3}}|.*[0-9/*].*", unit) else ""
 
 
-def _same_value(gold, pred):
+def same_value(gold, pred):
+    """3. Compare two formulas or words."""
     gold, pred = (re.sub(r"\\text\{([^{}]*)\}", r"\1", text) for text in (gold, pred))
-    if re.fullmatch(r"\(?[A-Za-z]\)?|(?i:no)|[A-Za-z ]{3,}", gold):   # the letter of a choice, or words
+    if re.fullmatch(r"\(?[A-Za-z]\)?|(?i:no)|[A-Za-z ]{3,}", gold):           # the letter of a choice, or words
         return gold.strip("()").casefold() == pred.strip("()").casefold()
     try:
-        golds, preds = ([_value(text, trial) for trial in range(3)] for text in (gold, pred))
+        golds, preds = (re.sub("=(.*)", r"-(\1)", text) for text in (gold, pred))
+        golds, preds = ([Formula(text, trial).value() for trial in range(3)] for text in (golds, preds))
         if "=" in gold:                                       # left minus right, up to a factor
             golds, preds = ([value / values[0] for value in values] for values in (golds, preds))
-        decimal = re.fullmatch(r"-?(?=[0.]*[1-9](?:\.?[0-9]){2})[0-9]*\.([0-9]+)(e[-+]?[0-9]+)?", gold)
-        tolerance = Fraction(f"0.{'0' * len(decimal[1])}5{decimal[2] or ''}") if decimal else 0
-        return all(abs(x - y) <= max(tolerance, 0 if isinstance(x - y, Fraction) else 1e-10 * abs(x))
-                   for x, y in zip(golds, preds))
+        exact = all(isinstance(value, Fraction) for value in golds + preds)
+        limits = [max(rounding(gold, pred), 0 if exact else 1e-10 * abs(x)) for x in golds]
+        return all(abs(x - y) <= limit < math.inf for x, y, limit in zip(golds, preds, limits))
     except (ValueError, ArithmeticError, RecursionError):     # one of the two has no value
         return gold == pred
 
 
-def _power(base, exponent):
-    if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1:
-        # 9^{9^9} would fill the memory. "Not a number" is equal to nothing.
-        return base ** (exponent if len(str(base)) * abs(exponent) <= 1000 else math.nan)
-    return (complex(base) + 0) ** complex(exponent)           # + 0 turns an imaginary part of -0 into 0
+def rounding(gold, pred):
+    """Half a unit in the last place of a gold decimal of three digits, else of a predicted one of six, else 0."""
+    for text, digits in (gold, 3), (pred, 6):
+        decimal = re.fullmatch(r"-?([0-9]*)\.([0-9]+)(?:(?:e|\*10\^)\{?([-+]?[0-9]{1,3})\}?)?(?<!\.[0-9]{2})", text)
+        if decimal and len((decimal[1] + decimal[2]).lstrip("0")) >= digits:
+            return Fraction(10) ** (int(decimal[3] or 0) - len(decimal[2])) / 2
+    return 0
 
 
-# How strongly an operator binds to its left and its right. The space is the multiplication in 2x.
-OPERATORS = {"=": (1, 1, sub), "+": (2, 2, add), "-": (2, 2, sub), "*": (3, 4, mul), "/": (3, 4, truediv),
-             " ": (4, 4, mul), "^": (6, 5, _power)}
-CLOSING = {"(": ")", "[": "]", "{": "}"}
-CONSTANTS = {r"\pi": math.pi, "e": math.e, "i": 1j}
+class Formula:
+    """The value of a formula, by recursive descent. A variable's value depends on its name and on `trial` only."""
+    CLOSING = {"(": ")", "[": "]", "{": "}"}
 
+    def __init__(self, text, trial):
+        self.tokens = [*re.findall(rf"{NUMBER}|{VARIABLE}|\\[A-Za-z]+|!+|\S", text), ""]
+        self.trial, self.bits = trial, 100_000                # the powers in a formula may have so many bits in all
 
-def _value(text, trial):
-    """Evaluate a formula by precedence climbing; a variable's value depends on its name and `trial` only."""
-    rest = ["", *reversed(re.findall(rf"{NUMBER}|{VARIABLE}|\\[A-Za-z]+|\S", text))]    # the next is last
+    def accept(self, *tokens):
+        """Take the next token if it is one of these."""
+        return self.tokens.pop(0) if self.tokens[0] in tokens else None
 
-    def formula(level):
-        value = operand()
+    def value(self):
+        value = self.sum()
+        if self.tokens != [""]:
+            raise ValueError
+        return value
+
+    def sum(self):
+        value = self.product()
+        while self.tokens[0] in ("+", "-"):
+            value = value + self.product() if self.tokens.pop(0) == "+" else value - self.product()
+        return value
+
+    def product(self, of_function=False):
+        r"""Factors with a sign between them or, as in 2x, without. \sin 2x \cos x is \sin(2x) \cos x."""
+        value = self.factor()
         while True:
-            # 2x is a product, but in \sin x \cos x the next function ends the argument.
-            implicit = re.match(r"[A-Za-z∞({[\\]", rest[-1]) and (level != 3 or rest[-1][1:] not in FUNCTIONS)
-            left, right, function = OPERATORS.get(" " if implicit else rest[-1], (0, 0, None))
-            if left <= level:
+            sign = None if of_function else self.accept("*", "/")
+            ends = of_function and self.tokens[0][1:] in FUNCTIONS
+            if not sign and (ends or not re.match(r"[A-Za-z∞…({[\\]", self.tokens[0])):
                 return value
-            if not implicit:
-                rest.pop()
-            value = function(value, formula(right))
+            value = value / self.factor() if sign == "/" else value * self.factor()
 
-    def operand():
-        token = rest.pop()
-        if token in ("+", "-"):
-            return formula(5) if token == "+" else -formula(5)
-        if token in CLOSING:
-            value = formula(0)
-            if rest.pop() != CLOSING[token]:
+    def factor(self):                                         # -2^2 is -4, and 2^3^2 is 2^9
+        if self.tokens[0] in ("+", "-"):
+            return self.factor() if self.tokens.pop(0) == "+" else -self.factor()
+        value = self.operand()
+        while self.accept("!"):
+            value = self.factorial(value)
+        return self.power(value, self.factor()) if self.accept("^") else value
+
+    def power(self, base, exponent):
+        if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1:
+            self.bits -= abs(exponent) * (base.numerator.bit_length() + base.denominator.bit_length() - 1)
+            # 9^{9^9} would fill the memory. "Not a number" is equal to nothing.
+            return base ** (exponent if self.bits > 0 else math.nan)
+        return (complex(base) + 0) ** complex(exponent)       # + 0 turns an imaginary part of -0 into 0
+
+    def factorial(self, z):
+        """z!, exact for a natural number. For a variable it is some other random number."""
+        self.bits -= 12 * abs(z)
+        natural = isinstance(z, Fraction) and z.denominator == 1 and z >= 0 and self.bits > 0
+        return Fraction(math.factorial(int(z))) if natural else unknown(f"factorial {z:.6g}")
+
+    def operand(self):
+        token = self.tokens.pop(0)
+        if token in self.CLOSING:
+            value = self.sum()
+            if not self.accept(self.CLOSING[token]):
                 raise ValueError
             return value
-        if token == r"\frac":
-            return operand() / operand()
+        if token in (r"\frac", r"\binom"):
+            n, k = self.operand(), self.operand()
+            return n / k if token == r"\frac" else self.factorial(n) / self.factorial(k) / self.factorial(n - k)
         if token[1:] in FUNCTIONS:
-            base = rest.pop() and operand() if rest[-1] == "_" else math.e                # \log_2 x
-            exponent = rest.pop() and formula(5) if rest[-1] == "^" else Fraction(1)    # \sin^2 x
-            argument = operand() if rest[-1] in CLOSING else formula(3)
-            return _power(FUNCTIONS[token[1:]](complex(argument) + 0) / cmath.log(complex(base)), exponent)   # ln e = 1
+            base = complex(self.operand()) if self.accept("_") else math.e                             # \log_2 x
+            exponent = self.factor() if self.accept("^") else Fraction(1)                       # \sin^2 x
+            argument = self.operand() if self.tokens[0] in self.CLOSING else self.product(of_function=True)
+            return self.power(FUNCTIONS[token[1:]](complex(argument) + 0) / cmath.log(base), exponent)
         if token in CONSTANTS:
             return CONSTANTS[token]
         if re.fullmatch(VARIABLE, token):
-            draw = random.Random(f"{re.sub('[{}]', '', token)} {trial}")
-            return cmath.rect(draw.uniform(1, 4), draw.uniform(0.1, 0.3))
+            return unknown(f"{re.sub('[{ }]', '', token)} {self.trial}")
         return Fraction(token)
 
-    value = formula(0)
-    if rest != [""]:
-        raise ValueError
-    return value
 
+# ------------------------------------------------------------------------------------------------------ command line
 
-# ----------------------------------------------------------------------------------------------------- command line
-
-TITLES = {"pass@1": "critique-free accuracy, sampled", "greedy": "critique-free accuracy, greedy",
-          "pass@k": "critique-free, any of k samples right",
-          "after_gated": "accuracy after one critique of wrong attempts",
-          "after_ungated": "accuracy after one critique, right ones too",
-          "wrong_to_right": "critic success (wrong attempts put right)",
-          "fixed": "  of the base solver's wrong attempts", "tokens_per_fix": "  critique tokens for each of these",
-          "right_to_wrong": "right attempts put wrong by a critique", "leaks": "critiques that state the answer",
-          "attempt_tokens": "tokens per attempt", "critique_tokens": "tokens per critique",
-          "truncated": "cut off at the length limit"}
-
-
-def print_figures(columns):
-    """Columns of figures by name, under their headings."""
-    print(f"\n{'':50}", *(f"{heading:>7}" for heading in columns))
-    kinds = {name: f"critique-free accuracy: {name[7:]}" for figures in columns.values() for name in figures
-             if name.startswith("pass@1 ")}
-    for name, title in {**TITLES, **kinds, "train": "critique-free accuracy on training problems"}.items():
-        if values := [figures[name] for figures in columns.values() if name in figures]:
-            digits = 1 if "tokens" in name else 3
-            print(f"{title:50}", *(f"{'-' if value is None else format(value, f'.{digits}f'):>7}" for value in values))
-
-
-def print_result(result):
-    columns = {when: {**result[when], "train": result[f"{when}_train"],
-                      **result["swap"][f"{critic} critic, base solver"]}
-               for when, critic in (("before", "base"), ("after", "trained"))}
-    print_figures(columns)
-    print(f"{result['tokens']:,} tokens generated in {result['step']} steps, {result['seconds']:.0f} seconds in all; "
-          f"the model is in {result['model']}")
-
-
-EVAL_FLAGS = ("preset model data examples out seed device critic max_response max_critique temperature thinking "
-              "sample_batch bf16 eval_problems eval_samples").split()
-
-
-def parse(argv):
-    """The command line as (config, options): what is a setting of a run, and what is not."""
-    parser = argparse.ArgumentParser(prog="icrl.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                                     usage="icrl.py [train | compare | plot CSV ... | eval] [--flag value ...]")
-    argv = list(sys.argv[1:] if argv is None else argv)
-    command = argv.pop(0) if argv and argv[0] in ("train", "compare", "plot", "eval") else "train"
-    own = parser.add_argument_group("what to do: train one run; compare several arms with several seeds (compare "
-                                    "--help); draw what was compared; or evaluate --model on --data")
-    if command == "train":
-        own.add_argument("--resume", metavar="RUN", help="continue the run in this folder, with its own settings")
-    if command == "compare":
-        own.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM",
-                         help=f"the first is the reference [{' '.join(ARMS)}]")
-        own.add_argument("--seeds", nargs="+", type=int, default=list(range(8)), metavar="N", help="[0 ... 7]")
-    if command == "plot":
-        parser.add_argument("csv", nargs="+")
-    settings = parser.add_argument_group("settings of a run")
-    for f in dataclasses.fields(Config):
-        if command == "plot" or command == "eval" and f.name not in EVAL_FLAGS:
-            continue
-        kind = {"type": f.type, "metavar": f.type.__name__}
-        if f.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        elif f.metadata["choices"] and (command, f.name) != ("eval", "critic"):
-            kind = {"choices": f.metadata["choices"]}
-        settings.add_argument(f"--{f.name}", *["--k"] * (f.name == "eval_samples"), default=argparse.SUPPRESS, **kind,
-                              help=f"{f.metadata['help']} [{f.default}]".replace(f"{HERE}/", ""))
-    options = parser.parse_args(argv, argparse.Namespace(command=command, resume=None))
-    given = {f.name: vars(options)[f.name] for f in dataclasses.fields(Config) if f.name in options}
-    if options.resume:
-        if fixed := [f"--{f.name}" for f in dataclasses.fields(Config)
-                     if f.name in given and not f.metadata["resumes"]]:
-            raise UsageError(f"--resume keeps the settings of the run; leave out {', '.join(fixed)}")
-        try:
-            saved = json.loads((Path(options.resume) / "config.json").read_text())
-            config = Config(**{**saved, **given, "out": options.resume})
-            check(config)
-        except (OSError, ValueError, TypeError) as error:
-            raise UsageError(f"cannot resume {options.resume}: {error}") from error
-    else:
-        if command != "eval" and ("data" in given) != ("heldout" in given):
-            raise UsageError("give both --data and --heldout; the one that is missing would be the toy's arithmetic")
-        config = Config(**{**PRESETS[given.get("preset", "tiny")], **given})
-        config.out = config.out or (f"runs/compare-{config.preset}" if command == "compare"
-                                    else time.strftime("runs/%Y%m%d-%H%M%S"))
-        if command == "eval":
-            config.data = given.get("data", config.heldout)
-            config.eval_problems = given.get("eval_problems", sys.maxsize)
-        check(config, command)
-    return config, options
-
-
-def check(config, command=None):
-    """Refuse settings that are out of range; for a command also those that would silently do nothing.
-
-    (The arms of `compare` may hold some of these: all have the same settings but for what an arm is about.)
-    """
-    for f in dataclasses.fields(Config):
-        low, choices, value = f.metadata["low"], f.metadata["choices"], getattr(config, f.name)
-        known = not choices or value in choices
-        if (command, f.name) == ("eval", "critic"):           # the model itself, or another by its name
-            known = value not in choices[1:]
-        if not known or not isinstance(value, (float, int) if f.type is float else f.type):
-            raise UsageError(f"--{f.name} cannot be {value!r}")
-        if low is not None and not value >= low:
-            raise UsageError(f"--{f.name} must be at least {low}, not {value}")
-    if config.method == "icrl" and config.rounds == 1:
-        raise UsageError("--rounds 1 leaves no room for a critique; that is --method grpo")
-    if config.samples == 1 and (config.method == "grpo" or config.groups == "role_round"):
-        raise UsageError("--samples 1 leaves nothing to compare a reward with, and nothing would be learnt")
-    for reason, applies, names in [
-            ("--method grpo has no critiques", config.method == "grpo", "critic weight groups w_max rounds"),
-            ("--critic retry has no critiques", config.critic == "retry", "weight w_max"),
-            (f"--weight {config.weight} has no cap", config.weight in ("one", "shaped"), "w_max")]:
-        idle = [f"--{name}" for name in names.split() if getattr(config, name) != getattr(Config, name)]
-        if command and applies and idle:
-            raise UsageError(f"{reason}; leave out {', '.join(idle)}")
+def parse(argv=None):
+    """Read the command line into a Config. A preset, or the run to resume, sets the defaults of all other flags."""
+    parser = HfArgumentParser(Config, allow_abbrev=False, usage="icrl.py [--flag value ...]")
+    given, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**PRESETS[given.preset])
+    if given.resume:
+        parser.set_defaults(**json.loads((Path(given.resume) / "config.json").read_text()))
+    config = Config(**vars(parser.parse_args(argv)))
+    config.out = config.resume or config.out or time.strftime("runs/%Y%m%d-%H%M%S")
+    return config
 
 
 def main(argv=None):
-    """The command line; returns the exit code: 0, 2 with one sentence for what the user can mend, 130 on Ctrl-C."""
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    config = None
+    """Train, and print the figures before and after. Returns the exit code: 0; 2 if the user can mend it; 130."""
+    sys.stdout.reconfigure(errors="replace")        # a console that cannot show a letter must not end a run
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
-        config, options = parse(argv)
-        if options.command == "plot":
-            try:
-                for path in options.csv:
-                    print_comparison(path)
-            except (LookupError, TypeError, ValueError) as error:
-                raise UsageError(f"{path} is not a table that compare has written: {error!r}") from error
-            plot(options.csv, Path(options.csv[0]).with_suffix(".png"))
-        elif options.command == "compare":
-            compare(config, options.arms, options.seeds)
-        elif options.command == "eval":
-            evaluate_file(config)
-        else:
-            print_result(train(config, resume=options.resume is not None))
-        return 0
-    except UsageError as error:                               # to go on would end in the same way
-        message, code, config = str(error), 2, None
-    except OSError as error:
-        message, code = str(error), 2
-    except torch.OutOfMemoryError:
-        message, code = ("out of GPU memory: lower --sample_batch (sampling) or --micro_tokens (update), or add "
-                         "--checkpointing or --optimizer_on cpu"), 2
-    except KeyboardInterrupt:
-        message, code = "interrupted", 130
-    if config and options.command == "train" and checkpoints(config.out):
-        message += f"; {checkpoints(config.out)[-1]} is saved: continue with  python icrl.py --resume {config.out}"
-    print(f"icrl.py: {message}", file=sys.stderr)
-    return code
+        config = parse(argv)
+        state = train(config)
+    except (UsageError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        print(f"icrl.py: {str(error) or 'interrupted'}", file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 2
+    columns = [state[when] for when in ("before", "after") if when in state]
+    for name in columns[0]:
+        cells = ["-" if figures[name] is None else f"{figures[name]:.3g}" for figures in columns]
+        print(f"{name:24}", *(f"{cell:>8}" for cell in cells))
+    print(f"{state['tokens']:,} tokens sampled in {state['step']} steps; the model is in {config.out}/model")
+    return 0
 
 
 if __name__ == "__main__":

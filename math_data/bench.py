@@ -1,319 +1,405 @@
 #!/usr/bin/env python3
-"""What a step of icrl.py costs: next to TRL's GRPOTrainer on the same work, and as the work grows.
+# SPDX-License-Identifier: MIT
+"""What a training step of icrl.py costs, in seconds and in memory.
 
-    python math_data/bench.py trl [--model FOLDER] [--pairs N] [--work NAME ...]         (needs: pip install trl)
+    python math_data/bench.py gpu [--shape 0.6B 1.7B 4B 8B] [--steps 2] [flags of icrl.py]
+    python math_data/bench.py trl [--model FOLDER] [--pairs N] [--work NAME ...]                (first: pip install trl)
     python math_data/bench.py scaling [--work NAME ...]
 
-Both sides sample from the same weights (random ones, or those of --model), the same prompts, as many completions of
-the same length, with rewards drawn from the same range, and take one AdamW step on GRPO's loss. TRL generates with
-plain `generate`, as icrl.py does; what else its loop does in a step, such as the entropies that it logs, counts too.
-"update" is icrl.py's update alone, of ragged completions and half of the groups flat, next to a plain one that pads
-all to the longest. Figures are CPU seconds of one thread per step, and the peak of resident memory above that of the
-loaded model (Linux). Each measurement is a process of its own, and the sides take turns, since machines are noisy.
-Rows go to math_data/results/speed.csv and scaling.csv, in place of older ones of the same work.
+Only `trl` needs packages that icrl.py does not need: TRL and what comes with it. Memory is read as Linux gives it.
+
+gpu      A model of Qwen3's shape with random weights, so nothing is downloaded. The settings are those of
+         `--preset qwen3`. Every completion has full length, no attempt is right and no group is flat. A real step
+         is shorter, unless its problems are long. On a CPU it runs in float32, and its seconds are CPU seconds.
+trl      A step of GRPO, by icrl.py and by TRL's GRPOTrainer with plain `generate`. Both sides have the same weights,
+         the same problems, as many completions, rewards drawn from the same range, and micro-batches of the same size.
+         What else TRL does in a step, such as the entropies that it logs, counts too.
+scaling  A step of icrl.py, as the work grows.
+
+`trl` and `scaling` count CPU seconds of one thread. Each measurement is a process of its own, and the two sides take
+turns, because machines are noisy. If there are several steps, the first one warms up and does not count. The rows go to
+gpu.csv, speed.csv and scaling.csv in math_data/results/ (or --results), in place of older rows of the same work.
 """
 import argparse
 import csv
-import functools
+import gc
 import json
 import os
 import random
 import statistics
+import string
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
-os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false",
-               "TRANSFORMERS_VERBOSITY": "error", "TRL_EXPERIMENTAL_SILENCE": "1"}
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
+
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+import icrl  # noqa: E402
 
-# shape: of a random model, or "pretrained" (--model), or "embedded". fixed: completions have exactly `new` tokens; if
-# not, each token of a random model ends them with a chance of 1%. trl_micro and micro_tokens: completions per forward
-# pass there, tokens per forward pass here.
-SMALL = dict(hidden=128, layers=4, vocabulary=298)
-STEP = dict(shape=SMALL, prompts=8, samples=8, new=64, fixed=True, bf16=False, trl_micro=64, micro_tokens=1024, steps=5,
-            warm=1, method="grpo", checkpointing=False, trl_checkpointing=False)
-PRETRAINED = dict(STEP, shape="pretrained", prompts=4, samples=4, trl_micro=4, micro_tokens=440, steps=1)
-AGAINST_TRL = {
-    "start": STEP,
-    "small, 64 tokens": STEP,
-    "small, up to 256 tokens": dict(STEP, new=256, fixed=False, trl_micro=16),
-    "update": dict(STEP, new=256, trl_micro=16),
-    "pretrained": PRETRAINED,
-    # TRL at its defaults
-    "pretrained, bf16": dict(PRETRAINED, bf16=True, trl_checkpointing=True, trl_micro=8, micro_tokens=880),
-    # as little memory as either can do with: one completion at a time
-    "pretrained, least memory": dict(
-        PRETRAINED, checkpointing=True, trl_checkpointing=True, trl_micro=1, micro_tokens=1),
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+REWARD = random.Random(0).random                    # always below 1, and never the same
+CHARACTERS = string.ascii_letters + string.digits + string.punctuation
+
+# Width, layers, width of the MLP, heads, key-value heads, size of a head, vocabulary; and whether the input and the
+# output embeddings are the same weights.
+SHAPES = {
+    "tiny": (64, 2, 128, 2, 1, 32, 1_000, True),
+    "0.6B": (1024, 28, 3072, 16, 8, 128, 151_936, True),
+    "1.7B": (2048, 28, 6144, 16, 8, 128, 151_936, True),
+    "4B": (2560, 36, 9728, 32, 8, 128, 151_936, True),
+    "8B": (4096, 36, 12288, 32, 8, 128, 151_936, False),
+    "SmolLM2": (576, 30, 1536, 9, 9, 64, 49_152, True),
+    **{f"small, {n}": (128, 4, 341, 2, 2, 64, n, True) for n in (298, 10_000, 151_936)},
 }
-SMOLLM2 = dict(hidden=576, layers=30, vocabulary=49152)
-EMBEDDED = dict(STEP, shape="embedded", prompts=16, new=48, fixed=False)
+
+# shape: of a random model, or "pretrained" (--model), or "remedies" (the default model, with its own rewards).
+# ends: a completion may end early, at each token with a chance of about 1%. Otherwise all have full length.
+# micro: completions of full length in a forward pass of the update, on both sides. Other keys: settings of icrl.py.
+STEP = dict(shape="small, 298", ends=False, micro=16, trl_checkpointing=False, method="grpo", lr=1e-5, steps=6,
+            queries=8, samples=8, max_response=64)
+PRETRAINED = dict(STEP, shape="pretrained", queries=4, samples=4, micro=4, steps=2)
+REMEDIES = dict(STEP, shape="remedies", queries=16, max_response=48)
+AGAINST_TRL = {
+    "small, 64 tokens": STEP,
+    "small, up to 256 tokens": dict(STEP, max_response=256, micro=8, ends=True),
+    "update": dict(STEP, max_response=256, micro=8),
+    "pretrained": PRETRAINED,
+    "pretrained, bf16": dict(PRETRAINED, bf16=True, micro=8, trl_checkpointing=True),          # the defaults of TRL
+    "pretrained, least memory": dict(PRETRAINED, micro=1, checkpointing=True, trl_checkpointing=True),
+}
 SCALING = {
     **{f"samples {n}": dict(STEP, samples=n // 8) for n in (64, 256, 1024)},
-    **{f"vocabulary {n}": dict(STEP, shape=dict(SMALL, vocabulary=n), steps=2)
-       for n in (298, 10_000, 151_936)},
-    **{f"length {n}": dict(PRETRAINED, shape=SMOLLM2, prompts=1, samples=2, new=n, warm=0)
+    **{f"vocabulary {n}": dict(STEP, shape=f"small, {n}", steps=3) for n in (298, 10_000, 151_936)},
+    **{f"length {n}": dict(STEP, shape="SmolLM2", queries=1, samples=2, micro=1, steps=1, max_response=n)
        for n in (64, 256, 1024, 2048)},
-    "embedded, grpo": EMBEDDED, "embedded, icrl": dict(EMBEDDED, method="icrl"),
+    "remedies, grpo": REMEDIES, "remedies, icrl": dict(REMEDIES, method="icrl"),
 }
 
-REWARD = random.Random(0).random                              # so that no group is flat
-OUTPUT = tempfile.TemporaryDirectory()                        # TRL's trainer wants a folder
+
+# ------------------------------------------------------------------------------------------------ a step of icrl.py
+
+def random_model(shape):
+    width, layers, mlp, heads, kv_heads, size, vocabulary, tied = SHAPES[shape]
+    return AutoModelForCausalLM.from_config(Qwen3Config(
+        hidden_size=width, num_hidden_layers=layers, intermediate_size=mlp, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, head_dim=size, vocab_size=vocabulary, tie_word_embeddings=tied,
+        max_position_embeddings=40_960), dtype=torch.float32)
 
 
-def problems(number):
-    draw = random.Random(0)
-    return [{"problem": f"What is {draw.randint(100, 999)} + {draw.randint(100, 999)}?", "answer": "0"}
-            for _ in range(number)]
+def load(shape, config, ends):
+    """The model and the tokenizer. Only single characters can be sampled, and the end where `ends` is true.
 
-
-def build(work, folder):
-    """Save a random model of the shape, with the embedded tokenizer."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    heads = work["shape"]["hidden"] // 64
-    torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(HERE / "model")
-    config.update(dict(
-        hidden_size=work["shape"]["hidden"], num_hidden_layers=work["shape"]["layers"],
-        layer_types=["full_attention"] * work["shape"]["layers"], intermediate_size=work["shape"]["hidden"] * 8 // 3,
-        num_attention_heads=heads, num_key_value_heads=heads, head_dim=64, vocab_size=work["shape"]["vocabulary"],
-        max_position_embeddings=4096))
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(HERE / "model").save_pretrained(folder)
-
-
-def suppressed(work, tokenizer):
-    """Tokens that both sides leave out: the end, or so many that it has a chance of 1%, all tokens being as likely."""
-    end = tokenizer.eos_token_id
-    return [end] if work["fixed"] else [token for token in range(99, len(tokenizer)) if token != end]
-
-
-def icrl_step(work, folder):
-    """Yields after loading, and then after each step what it took."""
-    import icrl
-    import torch
-    config = icrl.Config(
-        method=work["method"], samples=work["samples"], max_response=work["new"], max_critique=work["new"], lr=1e-5,
-        bf16=work["bf16"], micro_tokens=work["micro_tokens"], checkpointing=work["checkpointing"], device="cpu")
-    model, tokenizer = icrl.load_model(folder, config)
-    asked, score, trained = problems(work["prompts"] * (work["steps"] + work["warm"])), icrl.completion_logprobs, []
-    if work["shape"] == "embedded":
-        asked = icrl.load_problems(config.data)
+    The tokenizer of the small model has few ids. All others could not be read as text. They are not left out of the
+    model, because their logits take time and memory; they only become too small to be sampled.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(config.model if shape == "pretrained" else icrl.Config.model)
+    if shape in SHAPES:
+        with torch.device(config.device):
+            model = random_model(shape)
     else:
-        icrl.GenerationConfig = functools.partial(icrl.GenerationConfig, suppress_tokens=suppressed(work, tokenizer))
-        icrl.outcome_reward = lambda text, problem, truncated: REWARD()
-
-    def counted(model, prompts, completions, temperature):
-        trained.append(torch.is_grad_enabled() * sum(map(len, [*prompts, *completions])))
-        return score(model, prompts, completions, temperature)
-
-    icrl.completion_logprobs, optimizer = counted, icrl.make_optimizer(model, config)
-    torch.manual_seed(0)
-    yield sum(weight.sum() for weight in model.parameters())              # all of it has been in memory now
-    for step in range(work["steps"] + work["warm"]):
-        trained.clear()
-        began = time.process_time()
-        turns = icrl.rollout(model, tokenizer, asked[step * work["prompts"]:][:work["prompts"]], config)
-        sampled = time.process_time()
-        icrl.update(model, optimizer, turns, config)
-        ended = time.process_time()
-        yield {"cpu": ended - began, "sampling": sampled - began, "update": ended - sampled,
-               "tokens": sum(len(t.completion) for t in turns), "trained": sum(trained)}
+        model, _ = icrl.load_model(config.model, config)
+    if shape != "remedies":
+        tokens = tokenizer.convert_tokens_to_ids(list(CHARACTERS)) + [tokenizer.eos_token_id] * ends
+        bias = torch.full([model.config.vocab_size], -1e4, device=model.device)
+        bias[tokens] = 0
+        model.get_output_embeddings().register_forward_hook(lambda head, inputs, logits: logits.add_(bias))
+    if config.checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model, tokenizer
 
 
-def trl_step(work, folder):
-    """The same with TRL: its loop runs in `train`, so steps come out of a callback, all at the end."""
-    import icrl
+def resident(which):
+    """Memory of this process in GB: VmRSS is that of now, VmHWM the peak."""
+    return int(Path("/proc/self/status").read_text().partition(f"{which}:")[2].split()[0]) * 1024 / 1e9
+
+
+def mark(device):
+    """The time in seconds, and the peak of the GPU's memory in GB since the last mark.
+
+    On a CPU: CPU seconds, and the peak of the process's memory so far.
+    """
+    if device != "cuda":
+        return time.process_time(), resident("VmHWM")
+    torch.cuda.synchronize()                        # the GPU may still be at work
+    peak = torch.cuda.max_memory_allocated() / 1e9
+    torch.cuda.reset_peak_memory_stats()
+    return time.perf_counter(), peak
+
+
+def averages(rows):
+    counted = rows[1:] or rows                      # the first one warms up
+    return {key: statistics.mean(row[key] for row in counted) for key in counted[0]}
+
+
+def icrl_steps(model, tokenizer, config, steps, random_rewards=True):
+    """Train. Returns a dict for each step: its seconds, its tokens and the peaks of memory."""
+    problems, optimizer, rows = icrl.load_problems(config.data), icrl.make_optimizer(model, config), []
+    sample, logprobs, optimizer_step = icrl.sample, icrl.completion_logprobs, icrl.optimizer_step
+
+    def counted_sample(model, tokenizer, prompts, *settings):
+        completions, truncated = sample(model, tokenizer, prompts, *settings)
+        width, new = max(map(len, prompts)), max(map(len, completions))
+        row["batch"] = max(row["batch"], len(prompts))
+        row["token_steps"] += new
+        row["cache_reads"] += len(prompts) * new * (width + new / 2)           # a token reads all before it
+        return completions, truncated
+
+    def counted_logprobs(model, prompts, completions, temperature):
+        row["trained" if torch.is_grad_enabled() else "scored"] += sum(map(len, [*prompts, *completions]))
+        return logprobs(model, prompts, completions, temperature)
+
+    def timed_optimizer_step(*settings):
+        marks.append(mark(config.device))
+        norm = optimizer_step(*settings)
+        marks.append(mark(config.device))
+        return norm
+
+    spies = dict(sample=counted_sample, completion_logprobs=counted_logprobs, optimizer_step=timed_optimizer_step)
+    if random_rewards:
+        spies["outcome_reward"] = lambda text, problem, truncated: REWARD()
+    with mock.patch.multiple(icrl, **spies):
+        for step in range(1, steps + 1):
+            row = dict.fromkeys(("batch", "token_steps", "cache_reads", "trained", "scored"), 0)
+            marks = [mark(config.device)]
+            turns = icrl.rollout(model, tokenizer, icrl.problems_of_step(problems, step, config), config)
+            marks.append(mark(config.device))
+            icrl.update(model, optimizer, turns, config)
+            marks.append(mark(config.device))
+            # The marks: begin, after sampling, before and after each optimiser step, and end.
+            at, peaks = zip(*marks)
+            rows.append({
+                "step": at[-1] - at[0], "sampling": at[1] - at[0], "update": at[-1] - at[1],
+                "optimizer": sum(at[3:-1:2]) - sum(at[2:-1:2]), "sampling_GB": peaks[1], "update_GB": max(peaks[2::2]),
+                "optimizer_GB": max(peaks[3::2], default=0), "completions": len(turns),
+                "tokens": sum(len(t.completion) for t in turns), **row})
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------------------- gpu
+
+def rate(amount, act, device):
+    """The amount of work in a call, divided by the seconds of the shortest of ten calls."""
+    seconds = []
+    for _ in range(10):
+        began, _ = mark(device)
+        act()
+        seconds.append(mark(device)[0] - began)
+    return amount / min(seconds)
+
+
+def gpu_row(shape, steps, config):
+    """Measure one shape. Returns a row of gpu.csv.
+
+    bound_tokens_s: what sampling would reach if a token step took only the time to read the weights and the cache.
+    update_share: FLOP/s of the forward and backward passes, divided by those of a large matrix product. A trained token
+    counts 6 FLOP a parameter (8 if activations are recomputed), one that is only scored 2. Attention is left out.
+    """
+    gc.collect()                                    # the model before this one
+    device, large = config.device, config.device == "cuda"
+    source = torch.ones(2**28 if large else 2**24, device=device)
+    target, size = torch.empty_like(source), 8192 if large else 512
+    copied = rate(2 * source.nbytes, lambda: target.copy_(source), device)                # bytes a second
+    matrix = torch.randn(size, size, device=device).to(torch.bfloat16 if config.bf16 else torch.float32)
+    multiplied = rate(2 * size**3, lambda: matrix @ matrix, device)                        # FLOP a second
+    del source, target, matrix
+
+    model, tokenizer = load(shape, config, ends=False)
+    took = averages(icrl_steps(model, tokenizer, config, steps))
+    began, _ = mark(device)
+    icrl.evaluate(model, tokenizer, icrl.load_problems(config.heldout), config)
+    evaluation = mark(device)[0] - began
+
+    _, layers, _, _, kv_heads, head, _, tied = SHAPES[shape]
+    used = model.num_parameters()
+    if not tied:
+        used -= model.get_input_embeddings().weight.numel()                    # a token needs only one row of these
+    read = took["token_steps"] * used + took["cache_reads"] * 2 * layers * kv_heads * head
+    flop = used * (took["trained"] * (8 if config.checkpointing else 6) + took["scored"] * 2)
+    passes = took["update"] - took["optimizer"]
+    evaluations = 2 + (39 // config.eval_every if config.eval_every else 0)    # before, within and after 40 steps
+    return {
+        "device": torch.cuda.get_device_name() if large else device, "shape": shape, "torch": torch.__version__,
+        "parameters": model.num_parameters(), "max_response": config.max_response, "max_critique": config.max_critique,
+        "copy_GB_s": copied / 1e9, "matmul_TFLOP_s": multiplied / 1e12, **took, "host_GB": resident("VmHWM"),
+        "rows_s": took["completions"] / took["sampling"], "tokens_s": took["tokens"] / took["sampling"],
+        "bound_tokens_s": took["tokens"] * copied / (read * model.dtype.itemsize),
+        "token_step_ms": 1e3 * took["sampling"] / took["token_steps"],
+        "update_tokens_s": took["trained"] / passes, "update_share": flop / passes / multiplied,
+        "evaluation": evaluation, "hours_of_40_steps": (40 * took["step"] + evaluations * evaluation) / 3600}
+
+
+# -------------------------------------------------------------------------------------------------- trl and scaling
+
+def trl_steps(model, tokenizer, config, work, problems):
+    """The same as icrl_steps, by TRL."""
     import datasets
-    import torch
     import trl
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer.padding_side, output = "left", tempfile.TemporaryDirectory()
     args = trl.GRPOConfig(
-        OUTPUT.name, use_cpu=True, bf16=work["bf16"], gradient_checkpointing=work["trl_checkpointing"],
-        per_device_train_batch_size=work["trl_micro"], num_generations=work["samples"], learning_rate=1e-5, beta=0.0,
-        gradient_accumulation_steps=work["prompts"] * work["samples"] // work["trl_micro"], top_k=0, loss_type="grpo",
-        max_completion_length=work["new"], max_steps=work["steps"] + work["warm"], lr_scheduler_type="constant", seed=0,
-        report_to="none", save_strategy="no", disable_tqdm=True, shuffle_dataset=False,
-        generation_kwargs={"suppress_tokens": suppressed(work, tokenizer)})
-    asked = [{"prompt": icrl.solver_messages(problem["problem"])}
-             for problem in problems(work["prompts"] * (work["steps"] + work["warm"]))]
+        output.name, use_cpu=True, bf16=config.bf16, gradient_checkpointing=work["trl_checkpointing"],
+        per_device_train_batch_size=work["micro"], num_generations=config.samples, learning_rate=config.lr, beta=0.0,
+        gradient_accumulation_steps=config.queries * config.samples // work["micro"], top_k=0, loss_type="grpo",
+        max_completion_length=config.max_response, max_steps=config.steps, lr_scheduler_type="constant", seed=0,
+        report_to="none", save_strategy="no", disable_tqdm=True, shuffle_dataset=False)
     trainer = trl.GRPOTrainer(
         model, lambda completions, **_: [REWARD() for _ in completions], args,
-        datasets.Dataset.from_list(asked), processing_class=tokenizer)
-    generate, tokens, steps = trainer._generate_single_turn, [], []
+        datasets.Dataset.from_list([{"prompt": icrl.solver_messages(p["problem"])} for p in problems]),
+        processing_class=tokenizer)
+    generate, begins, tokens = trainer._generate_single_turn, [], []
 
     def counted(*args, **more):
+        begins.append(time.process_time())          # a step begins when it samples
         answer = generate(*args, **more)
         tokens.append(sum(map(len, answer[0])))
         return answer
 
-    class Clock(TrainerCallback):
-        def on_step_end(self, *_, **__):
-            steps.append(time.process_time())
-
     trainer._generate_single_turn = counted
-    trainer.add_callback(Clock())
-    torch.manual_seed(0)
-    yield sum(weight.sum() for weight in model.parameters())
-    steps.append(time.process_time())
     trainer.train()
-    for number, (begun, ended) in enumerate(zip(steps, steps[1:])):
-        yield {"cpu": ended - begun, "tokens": tokens[number]}
+    begins.append(time.process_time())
+    return [{"step": begins[i + 1] - begins[i], "tokens": tokens[i]} for i in range(config.steps)]
 
 
-def one_start(work, side, folder):
-    """CPU seconds of the process until the first token is sampled."""
-    prompt = "What is 1 + 1?"
-    if side == "icrl":
-        import icrl
-        model, tokenizer = icrl.load_model(folder, icrl.Config(device="cpu"))
-        icrl.sample(model, tokenizer, [tokenizer(prompt)["input_ids"]] * 8, 1)
-    else:
-        import datasets
-        import trl
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        tokenizer, model = (kind.from_pretrained(folder) for kind in (AutoTokenizer, AutoModelForCausalLM))
-        args = trl.GRPOConfig(OUTPUT.name, use_cpu=True, bf16=False, report_to="none", max_completion_length=1)
-        trainer = trl.GRPOTrainer(model, lambda **_: 0, args, datasets.Dataset.from_list([{"prompt": ""}]),
-                                  processing_class=tokenizer)
-        trainer._generate_single_turn([tokenizer(prompt)["input_ids"]] * 8, None, {}, 8)
-    return time.process_time()
+def update_steps(model, config, prompts, micro, padded):
+    """Updates on completions of different length, with half of the groups flat.
 
+    padded: a plain update instead of icrl.py's. It leaves none out, and pads all to the longest.
+    """
+    optimizer, longest, turns, rows = icrl.make_optimizer(model, config), config.max_response, [], []
+    for i in range(config.queries * config.samples):
+        group = i // config.samples
+        completion = [1] * (longest if i == 3 else min(longest, 1 + int(random.expovariate(1 / 80))))
+        reward = float(group % 2 and REWARD() < 0.5)
+        turns.append(icrl.Turn(group, i, "first", prompts[group], prompts[group], completion, "", False, reward))
 
-def one_update(work, side, folder):
-    """CPU seconds of an update of ragged completions, half of the groups flat; "padded" pads all to the longest."""
-    import icrl
-    import torch
-    draw, config = random.Random(0), icrl.Config(method="grpo", lr=1e-5, device="cpu")
-    model, tokenizer = icrl.load_model(folder, config)
-    optimizer, size = icrl.make_optimizer(model, config), work["prompts"] * work["samples"]
-    prompts = [icrl.encode_chat(tokenizer, icrl.solver_messages(p["problem"])) for p in problems(work["prompts"])]
-    turns = []
-    for i in range(size):
-        group, length = i // work["samples"], min(work["new"], 1 + int(draw.expovariate(1 / 80)))
-        completion = [draw.randrange(3, 50) for _ in range(work["new"] if i == 3 else length)]
-        turns.append(icrl.Turn(group, i, 1, "solver", prompts[group], prompts[group], completion, "", False,
-                               float(group % 2 and draw.random() < 0.5)))
+    def padded_update():
+        advantages = icrl.role_advantages([t.reward for t in turns], [t.group for t in turns])
+        for numbers in torch.arange(len(turns)).split(micro):
+            part = [turns[i] for i in numbers]
+            completions = [t.completion + [0] * (longest - len(t.completion)) for t in part]
+            logp, _ = icrl.completion_logprobs(model, [t.prompt for t in part], completions)
+            mask = torch.arange(longest) < torch.tensor([[len(t.completion)] for t in part])
+            J = icrl.icrl_objective(logp, logp, advantages[numbers], torch.ones_like(logp), mask)
+            (-J * len(part) / len(turns)).backward()
+        icrl.optimizer_step(model, optimizer, config.grad_clip)
 
-    def padded():
-        A = icrl.role_advantages([t.reward for t in turns], [t.query for t in turns])
-        rows = [t.prompt + t.completion for t in turns]
-        ids = torch.tensor([row + [0] * (max(map(len, rows)) - len(row)) for row in rows])
-        mask = torch.zeros(ids.shape)
-        for row, turn in zip(mask, turns):
-            row[len(turn.prompt):len(turn.prompt) + len(turn.completion)] = 1
-        for i in range(0, size, work["trl_micro"]):
-            part = slice(i, i + work["trl_micro"])
-            logits = model(ids[part], use_cache=False).logits[:, :-1]
-            logp = logits.log_softmax(-1).gather(2, ids[part, 1:, None])[..., 0]
-            J = icrl.icrl_objective(logp, logp, A[part], torch.ones_like(logp), mask[part, 1:])
-            (-J * work["trl_micro"] / size).backward()
-        icrl.optimizer_step(model, optimizer, 1.0)
-
-    act, seconds = padded if side == "padded" else lambda: icrl.update(model, optimizer, turns, config), []
-    for _ in range(work["steps"] + work["warm"]):
+    for _ in range(config.steps):
         began = time.process_time()
-        act()
-        seconds.append(time.process_time() - began)
-    return statistics.median(seconds[work["warm"]:])
-
-
-def resident(which):
-    """MB of memory: VmRSS now, VmHWM at most."""
-    return int(Path("/proc/self/status").read_text().partition(f"{which}:")[2].split()[0]) / 1024
+        padded_update() if padded else icrl.update(model, optimizer, turns, config)
+        rows.append({"step": time.process_time() - began})
+    return rows
 
 
 def one(name, side, folder):
-    """Measure one side of one piece of work, in this process; prints a JSON line of means over the steps."""
+    """Measure one side of one piece of work in this process. Prints a line of JSON."""
     work = {**AGAINST_TRL, **SCALING}[name]
-    if name in ("start", "update"):
-        print(json.dumps({"cpu": {"start": one_start, "update": one_update}[name](work, side, folder)}))
-        return
-    steps = (trl_step if side == "trl" else icrl_step)(work, folder)
-    next(steps)
-    Path("/proc/self/clear_refs").write_text("5")             # from here the peak grows from what is resident now
-    loaded, steps = resident("VmRSS"), list(steps)[work["warm"]:]
-    print(json.dumps({**{key: statistics.mean(row[key] for row in steps) for key in steps[0]},
-                      "MB": resident("VmHWM") - loaded}))
+    config = icrl.Config(model=folder, **{key: work[key] for key in work if hasattr(icrl.Config, key)})
+    torch.manual_seed(0)
+    random.seed(0)
+    model, tokenizer = load(work["shape"], config, work["ends"])
+    known = icrl.load_problems(config.data)
+    problems = [p for step in range(config.steps) for p in icrl.problems_of_step(known, step + 1, config)]
+    prompts = [icrl.encode_chat(tokenizer, icrl.solver_messages(p["problem"])) for p in problems]
+    config.micro_tokens = work["micro"] * (max(map(len, prompts)) + config.max_response)
+    if side == "trl":
+        import trl.trainer.grpo_trainer  # noqa: F401 - now, because its code is not memory of the step
+    loaded = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")   # from here the peak grows from what is resident now
+    if name == "update":
+        rows = update_steps(model, config, prompts, work["micro"], side == "padded")
+    elif side == "trl":
+        rows = trl_steps(model, tokenizer, config, work, problems)
+    else:
+        rows = icrl_steps(model, tokenizer, config, config.steps, work["shape"] != "remedies")
+    print(json.dumps({"micro": work["micro"], "peak_GB": resident("VmHWM") - loaded, **averages(rows)}))
 
 
 def measure(path, works, sides, pairs, model):
-    """Write a row for each work, pair and side, in place of older ones."""
-    rows = list(csv.DictReader(open(path))) if path.exists() else []
-    rows = [row for row in rows if row["work"] not in works]
+    """Write a row for each pair, work and side, in place of older rows of these works."""
+    replace_rows(path, [], lambda row: row["work"] in works)
     for pair in range(pairs):
         for name, work in works.items():
-            with tempfile.TemporaryDirectory() as built:
-                if isinstance(work["shape"], dict):
-                    build(work, built)
-                folder = {"pretrained": model, "embedded": str(HERE / "model")}.get(str(work["shape"]), built)
-                for side in ("padded", "icrl") if name == "update" else sides:
-                    run = subprocess.run(
-                        [sys.executable, __file__, "one", "--work", name, "--side", side, "--model", folder],
-                        capture_output=True, text=True)
-                    if run.returncode:
-                        sys.exit(f"bench.py: {name}, {side}:\n{run.stderr[-3000:]}")
-                    rows.append({"work": name, "pair": pair, "side": side, **json.loads(run.stdout.splitlines()[-1])})
-                    print(name, side, flush=True)
-            with open(path, "w", newline="") as file:
-                writer = csv.DictWriter(
-                    file, ["work", "pair", "side", "cpu", "sampling", "update", "tokens", "trained", "MB"])
-                writer.writeheader()
-                writer.writerows(rows)
+            for side in ("padded", "icrl") if name == "update" else sides:
+                folder = model if work["shape"] == "pretrained" else icrl.Config.model
+                run = subprocess.run(
+                    [sys.executable, __file__, "one", "--work", name, "--side", side, "--model", folder],
+                    capture_output=True, text=True, env=os.environ | ONE_THREAD)
+                if run.returncode:
+                    sys.exit(f"bench.py: {name}, {side}:\n{run.stderr[-3000:]}")
+                took = json.loads(run.stdout.splitlines()[-1])
+                replace_rows(path, [{"work": name, "pair": pair, "side": side, **took}])
+                print(f"{name}, {side}:", *(f"{key} {short(value)}," for key, value in took.items()), flush=True)
 
 
-def against_trl(path):
-    """Table of ratios, icrl.py over the other side: median and range over the pairs; per token where lengths differ."""
+# ---------------------------------------------------------------------------------------------------------- results
+
+def replace_rows(path, new, old=lambda row: False):
+    """Add rows to a CSV, and drop those for which old(row) is true."""
+    kept = [row for row in csv.DictReader(open(path)) if not old(row)] if path.exists() else []
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in kept + new for key in row)))
+        writer.writeheader()
+        writer.writerows(kept + new)
+
+
+def short(value):
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+
+
+def print_ratios(path, works):
+    """Print icrl.py over the other side: median and range over the pairs; seconds per token if lengths differ."""
+    print("| work | micro-batch of both sides | CPU time, icrl.py / other | peak memory above the model, "
+          "icrl.py / other | pairs |\n|---|---|---|---|---|")
     rows = list(csv.DictReader(open(path)))
-    print("| work | CPU, icrl.py / other side | other side, seconds | peak memory, icrl.py / other side | pairs |\n"
-          "|---|---|---|---|---|")
-    for name, work in AGAINST_TRL.items():
+    for name, work in works.items():
         ours, theirs = ([row for row in rows if row["work"] == name and (row["side"] == "icrl") == mine]
                         for mine in (True, False))
-        if not ours:
-            continue
-
-        def ratios(key, per):
-            return [float(a[key]) / float(b[key]) / (float(a["tokens"]) / float(b["tokens"]) if per else 1)
-                    for a, b in zip(ours, theirs)]
-
-        cpu, memory = ratios("cpu", not work["fixed"]), ratios("MB", False) if ours[0]["MB"] else []
-        print(f"| {name} | {statistics.median(cpu):.2f} ({min(cpu):.2f} to {max(cpu):.2f}) "
-              f"| {statistics.median(float(row['cpu']) for row in theirs):.3g} "
-              f"| {f'{statistics.median(memory):.2f}' if memory else '-'} | {len(ours)} |")
+        seconds, memory = ([float(a[key]) / float(b[key]) for a, b in zip(ours, theirs)]
+                           for key in ("step", "peak_GB"))
+        if work["ends"]:
+            seconds = [ratio * float(b["tokens"]) / float(a["tokens"]) for ratio, a, b in zip(seconds, ours, theirs)]
+        cells = (f"{statistics.median(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in (seconds, memory))
+        print("|", name, "|", work["micro"], "completions |", " | ".join(cells), "|", len(ours), "|")
+    print("\nA micro-batch is what one forward pass of the update takes: on both sides so many completions of full\n"
+          "length. With bf16, icrl.py recomputes nothing, and keeps bfloat16 weights beside the float32 ones. TRL has\n"
+          "only float32 weights, and recomputes activations. The other side of `update` is not TRL but a plain update.")
 
 
-def scaling(path):
-    """Table of cost by size: CPU seconds and peak memory of a step."""
-    columns = ["tokens", "trained", "cpu", "sampling", "update", "MB"]
-    print(f"| work | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
-    for row in csv.DictReader(open(path)):
-        values = [float(row[key]) for key in columns]
-        print(f"| {row['work']} | {' | '.join(f'{x:,.0f}' if x >= 100 else f'{x:.2g}' for x in values)} |")
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("trl", "scaling", "one"))
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("command", choices=("gpu", "trl", "scaling", "one"))
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["0.6B", "1.7B", "4B", "8B"])
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="the pretrained model")
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--work", nargs="+", help="by default all")
-    parser.add_argument("--side", help="of one")
-    args = parser.parse_args()
-    if args.command == "one":
-        return one(args.work[0], args.side, args.model)
-    against = args.command == "trl"
-    table, path = (AGAINST_TRL, "speed.csv") if against else (SCALING, "scaling.csv")
-    works = {name: table[name] for name in args.work or table}
-    measure(HERE / "results" / path, works, ("trl", "icrl") if against else ("icrl",), args.pairs if against else 1,
-            args.model)
-    (against_trl if against else scaling)(HERE / "results" / path)
+    parser.add_argument("--work", nargs="+", help="default: all")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the CSV files")
+    args, flags = parser.parse_known_args(argv)
+    if flags and args.command != "gpu":
+        parser.error(f"unknown: {' '.join(flags)}")
+    if args.command == "gpu":
+        config = icrl.parse(["--preset", "qwen3", "--bf16", str(torch.cuda.is_available()), *flags])
+        for shape in args.shape:
+            row = gpu_row(shape, args.steps, config)
+            replace_rows(args.results / "gpu.csv", [row],
+                         lambda old: (old["device"], old["shape"]) == (row["device"], row["shape"]))
+            for key, value in row.items():
+                print(f"{key:20} {value if isinstance(value, str) else short(value)}", flush=True)
+    elif args.command == "trl":
+        works, path = {name: AGAINST_TRL[name] for name in args.work or AGAINST_TRL}, args.results / "speed.csv"
+        measure(path, works, ("trl", "icrl"), args.pairs, args.model)
+        print_ratios(path, works)
+    elif args.command == "scaling":
+        measure(args.results / "scaling.csv", {name: SCALING[name] for name in args.work or SCALING}, ["icrl"], 1, "")
+    else:
+        one(args.work[0], args.side, args.model)
 
 
 if __name__ == "__main__":
