@@ -55,9 +55,9 @@ class Config:
     preset: Literal["tiny", "qwen3"] = HfArg(default="tiny", help="the defaults of all other flags")
     resume: str = HfArg(default="", help="continue the run in this folder, with its own settings")
     out: str = HfArg(default="", help="folder of the run; empty: a new folder in runs/")
-    model: str = HfArg(default=f"{HERE}/math_data/remedies/model", help="Hugging Face model: a name or a folder")
-    data: str = HfArg(default=f"{HERE}/math_data/remedies/train.jsonl", help="training problems (JSONL)")
-    heldout: str = HfArg(default=f"{HERE}/math_data/remedies/heldout.jsonl", help="evaluation problems (JSONL)")
+    model: str = HfArg(default=f"{HERE}/math_data/arithmetic/model", help="Hugging Face model: a name or a folder")
+    data: str = HfArg(default=f"{HERE}/math_data/arithmetic/train.jsonl", help="training problems (JSONL)")
+    heldout: str = HfArg(default=f"{HERE}/math_data/arithmetic/heldout.jsonl", help="evaluation problems (JSONL)")
     device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     seed: int = HfArg(default=0, help="seed of all random draws")
     # sessions
@@ -71,7 +71,7 @@ class Config:
     # update
     steps: int = HfArg(default=50, help="training steps; 0: only evaluate --model on --heldout")
     inner_steps: int = HfArg(default=1, help="optimiser steps per rollout; rho differs from 1 only after the first")
-    lr: float = HfArg(default=4e-4, help="learning rate (constant)")
+    lr: float = HfArg(default=3e-4, help="learning rate (constant)")
     # memory
     sample_batch: int = HfArg(default=0, help="completions sampled at a time; 0: as many as fit (on a CPU, 256)")
     micro_tokens: int = HfArg(default=1024, help="tokens per forward pass of the update")

@@ -58,13 +58,13 @@ SHAPES = {
     **{f"small, {n}": (128, 4, 341, 2, 2, 64, n, True) for n in (298, 10_000, 151_936)},
 }
 
-# shape: of a random model, or "pretrained" (--model), or "remedies" (the default model, with its own rewards).
+# shape: of a random model, or "pretrained" (--model), or "arithmetic" (the default model, with its own rewards).
 # ends: a completion may end early, at each token with a chance of about 1%. Otherwise all have full length.
 # micro: completions of full length in a forward pass of the update, on both sides. Other keys: settings of icrl.py.
 STEP = dict(shape="small, 298", ends=False, micro=16, trl_checkpointing=False, method="grpo", lr=1e-5, steps=6,
             queries=8, samples=8, max_response=64)
 PRETRAINED = dict(STEP, shape="pretrained", queries=4, samples=4, micro=4, steps=2)
-REMEDIES = dict(STEP, shape="remedies", queries=16, max_response=48)
+ARITHMETIC = dict(STEP, shape="arithmetic", queries=16, max_response=48)
 AGAINST_TRL = {
     "small, 64 tokens": STEP,
     "small, up to 256 tokens": dict(STEP, max_response=256, micro=8, ends=True),
@@ -78,7 +78,7 @@ SCALING = {
     **{f"vocabulary {n}": dict(STEP, shape=f"small, {n}", steps=3) for n in (298, 10_000, 151_936)},
     **{f"length {n}": dict(STEP, shape="SmolLM2", queries=1, samples=2, micro=1, steps=1, max_response=n)
        for n in (64, 256, 1024, 2048)},
-    "remedies, grpo": REMEDIES, "remedies, icrl": dict(REMEDIES, method="icrl"),
+    "arithmetic, grpo": ARITHMETIC, "arithmetic, icrl": dict(ARITHMETIC, method="icrl"),
 }
 
 
@@ -104,7 +104,7 @@ def load(shape, config, ends):
             model = random_model(shape)
     else:
         model, _ = icrl.load_model(config.model, config)
-    if shape != "remedies":
+    if shape != "arithmetic":
         tokens = tokenizer.convert_tokens_to_ids(list(CHARACTERS)) + [tokenizer.eos_token_id] * ends
         bias = torch.full([model.config.vocab_size], -1e4, device=model.device)
         bias[tokens] = 0
@@ -315,7 +315,7 @@ def one(name, side, folder):
     elif side == "trl":
         rows = trl_steps(model, tokenizer, config, work, problems)
     else:
-        rows = icrl_steps(model, tokenizer, config, config.steps, work["shape"] != "remedies")
+        rows = icrl_steps(model, tokenizer, config, config.steps, work["shape"] != "arithmetic")
     print(json.dumps({"micro": work["micro"], "peak_GB": resident("VmHWM") - loaded, **averages(rows)}))
 
 

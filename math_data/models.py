@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import icrl
 
 PAGE, MARK = HERE / "results/MODELS.md", "<!-- The rest is written by math_data/models.py. -->\n"
-TOKENIZER = AutoTokenizer.from_pretrained(HERE / "remedies/model")
+TOKENIZER = AutoTokenizer.from_pretrained(HERE / "arithmetic/model")
 STOPS = [*range(0, 256, 12), 257]                   # many ids end a completion, so that rows end at unlike times
 
 # A config takes those of these sizes that it knows. The weights are larger than usual, so that every layer counts.
