@@ -4,12 +4,13 @@
 
 One model plays two roles. Only the prompt tells them apart. The solver attempts a problem q. If the attempt fails, the
 critic (the same weights) writes a critique c of it. The solver then tries again with c in its prompt. This second
-attempt y is called a revision. One policy-gradient step then trains both roles:
+attempt y is called a revision. One policy-gradient step then trains both roles. (The numbers are those of the paper.)
 
     Eq. 3   A critique earns 1 if the revision is right. Otherwise it earns what the revision gained over the attempt.
     Eq. 4   A revision is trained as if the solver had seen q alone. Each of its tokens y_t has the weight
-            w_t = pi(y_t | q, y_<t) / pi(y_t | q, c, y_<t), at most 2. A token that only c made likely counts little.
-    Eq. 5   An advantage A is a reward, normalised among turns of the same problem and the same role.
+            w_t = pi_old(y_t | q, y_<t) / pi_old(y_t | q, c, y_<t), at most 2. A token that only c made likely counts
+            little. pi_old is the model that sampled.
+    Eq. 5   An advantage A is a reward, normalised among the outputs of the same role on the same problem.
     Eq. 6   J = mean of w_t min(rho_t A, clip(rho_t) A). Here rho_t = pi / pi_old, both without c in the prompt.
 
 With --method grpo there is no critic. What is left is GRPO without a KL term, so you can read ICRL as the difference.
@@ -18,8 +19,8 @@ With --method grpo there is no critic. What is left is GRPO without a KL term, s
     python icrl.py --preset qwen3 --data train.jsonl --heldout test.jsonl             trains Qwen3-4B on your problems
 
 Read from top to bottom: settings, equations, prompts, sampling, sessions, update. That is the whole method. Training,
-evaluation, the problem files, the answer checker and the command line follow. A comment that begins with "Paper:" says
-where this file departs from the paper, or what it does where the paper leaves a choice open.
+evaluation, the problem files, the answer checker and the command line follow. The word "Paper:" marks where this file
+departs from the paper, or what it does where the paper leaves a choice open.
 """
 import cmath
 import dataclasses
@@ -52,8 +53,8 @@ class UsageError(ValueError):
 @dataclasses.dataclass
 class Config:
     """All settings of a run. Each field is also a command-line flag."""
-    preset: Literal["tiny", "qwen3"] = HfArg(default="tiny", help="the defaults of all other flags")
-    resume: str = HfArg(default="", help="continue the run in this folder, with its own settings")
+    preset: Literal["tiny", "qwen3"] = HfArg(default="tiny", help="defaults for the small model, or for Qwen3")
+    resume: str = HfArg(default="", help="continue the run in this folder; its settings are the defaults")
     out: str = HfArg(default="", help="folder of the run; empty: a new folder in runs/")
     model: str = HfArg(default=f"{HERE}/math_data/arithmetic/model", help="Hugging Face model: a name or a folder")
     data: str = HfArg(default=f"{HERE}/math_data/arithmetic/train.jsonl", help="training problems (JSONL)")
@@ -62,7 +63,7 @@ class Config:
     seed: int = HfArg(default=0, help="seed of all random draws")
     # sessions
     method: Literal["icrl", "grpo"] = HfArg(default="icrl", help="grpo: one attempt per session and no critic")
-    queries: int = HfArg(default=16, help="problems per step")
+    queries: int = HfArg(default=16, help="problems (queries) per step")
     samples: int = HfArg(default=8, help="sessions per problem (G)")
     rounds: int = HfArg(default=2, help="attempts per session at most (K)")
     max_response: int = HfArg(default=48, help="tokens per attempt at most")
@@ -70,7 +71,7 @@ class Config:
     temperature: float = HfArg(default=1.0, help="used for sampling and for every log-prob")
     # update
     steps: int = HfArg(default=50, help="training steps; 0: only evaluate --model on --heldout")
-    inner_steps: int = HfArg(default=1, help="optimiser steps per rollout; rho differs from 1 only after the first")
+    inner_steps: int = HfArg(default=1, help="optimiser steps per rollout; in the first, rho is 1")
     lr: float = HfArg(default=3e-4, help="learning rate (constant)")
     # memory
     sample_batch: int = HfArg(default=0, help="completions sampled at a time; 0: as many as fit (on a CPU, 256)")
@@ -84,7 +85,8 @@ class Config:
     save_every: int = HfArg(default=10, help="steps between checkpoints; 0: only at the end")
 
 
-# The paper's settings, but for the lengths (2048 and 1024 there) and the steps (300 there): these fit in one night.
+# Paper: these are its settings, except for the lengths (2048 and 1024 there) and the steps (300 there). They fit in one
+# night. What is not named here is as in Config.
 PRESETS = {"tiny": {}, "qwen3": dict(
     model="Qwen/Qwen3-4B-Instruct-2507", lr=1e-6, steps=100, max_response=1024, max_critique=512, bf16=True,
     checkpointing=True, micro_tokens=4096, eval_every=20, eval_problems=128)}
@@ -95,7 +97,7 @@ def check(config):
     """Raise UsageError for settings that are out of range, or with which nothing could be learnt."""
     for name, value in vars(config).items():
         if type(value) in (int, float) and not (0 <= value <= 2**32 and (value > 0 or name in MAY_BE_0)):
-            raise UsageError(f"--{name} cannot be {value}")
+            raise UsageError(f"--{name} cannot be {value}: it must be positive{' or 0' * (name in MAY_BE_0)}")
     if config.steps and (config.samples == 1 or config.method == "icrl" and config.rounds == 1):
         raise UsageError("training needs --samples 2 or more and, with a critic, --rounds 2 or more")
 
@@ -111,11 +113,11 @@ def critic_reward(before, after):
 
 
 def calibration_ratio(logp_free, logp_guided, w_max=2.0):
-    """Eq. 4: w_t = pi(y_t | q, y_<t) / pi(y_t | q, c, y_<t), at most w_max. No gradient flows through it.
+    """Eq. 4: the weight w_t = pi_old(y_t | q, y_<t) / pi_old(y_t | q, c, y_<t), at most w_max. It has no gradient.
 
-    logp_free, logp_guided: (B, T) float log-probs of the same revisions, without and with the critique in the prompt.
-    Both come from the weights that sampled the revisions. Returns (B, T). Only for revisions: every other token has
-    weight 1.
+    logp_free, logp_guided: (B, T) float log-probs of the same revisions. "Free" means without the critique in the
+    prompt, "guided" means with it. Both come from the model weights that sampled. Returns (B, T). Only for revisions:
+    every other token has weight 1.
     """
     return (logp_free - logp_guided).detach().exp().clamp(max=w_max)
 
@@ -125,7 +127,7 @@ def role_advantages(rewards, groups, delta=1e-6):
 
     rewards: B floats. groups: B keys, for ICRL (problem, role). Returns (B,) float32.
     Paper: the kind of std is left open; here it is the unbiased one. A group of one, or of equal rewards, gives exactly
-    0. Otherwise rounding noise, divided by delta, would look like a signal.
+    0. Without this rule rounding noise, divided by delta, would look like a signal.
     """
     rewards = torch.as_tensor(rewards, dtype=torch.float32)
     advantages = torch.zeros_like(rewards)
@@ -140,16 +142,15 @@ def role_advantages(rewards, groups, delta=1e-6):
 def icrl_objective(logp, logp_old, advantages, weights, mask, clip_low=0.2, clip_high=0.28):
     """Eq. 6, to be maximised: J = mean of w_t min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A).
 
-    logp, logp_old: (B, T) float log-probs without critique in the prompt, from the weights now and at the rollout.
-    advantages: (B,). weights: (B, T), w_t of Eq. 4 for revisions and 1 otherwise. mask: (B, T), 1 on real tokens and 0
-    on padding. Returns a scalar.
+    logp: (B, T) float log-probs by the current weights. logp_old: by the weights that sampled. Both are without the
+    critique in the prompt. advantages: (B,). weights: (B, T), w_t of Eq. 4 for revisions and 1 otherwise. mask: (B, T),
+    1 on real tokens and 0 on padding. Returns a scalar.
     Paper: Eq. 6 has one expectation over samples and tokens. Here the mean is over the tokens of each sample, and then
     over the B samples. This, and the two bounds of the clipping, are those of the authors' code.
     """
     rho = (logp - logp_old.detach()).exp()
     A = advantages[:, None]
-    # The weight stands outside the min. Inside, it would change which tokens are clipped; and where A < 0, a min over
-    # capped and uncapped terms would choose the uncapped one.
+    # The weight stands outside the min. Inside, it would change which tokens are clipped.
     J = weights.detach() * torch.min(rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A)
     return ((J * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
@@ -167,6 +168,7 @@ def solver_messages(problem, critique=""):
 
     A revision is a fresh attempt. Its prompt holds no failed attempt, no older critique and no reward. Without a
     critique (empty or None) these are the messages of a first attempt. Revisions are trained under those too.
+    Paper: an empty critique is not mentioned. Here the revision is then a plain second attempt.
     """
     tips = f"\n\nTips from the critic of an earlier attempt:\n{critique}" if critique else ""
     return [{"role": "system", "content": SOLVER_SYSTEM}, {"role": "user", "content": problem + tips}]
@@ -179,7 +181,7 @@ def critic_messages(problem, attempt):
 
 
 def extract_critique(text):
-    """The text in the last <critique> tags, or all of it if there are no tags; without a model's thoughts."""
+    """The text in the last <critique> tags, or all of it if there are no tags. Thoughts up to </think> are left out."""
     text = text.rpartition("</think>")[2].partition("<think>")[0]
     return text.rpartition("<critique>")[2].partition("</critique>")[0].strip()
 
@@ -188,11 +190,11 @@ def encode_chat(tokenizer, messages):
     """Token ids (a list) of a chat prompt, from a system and a user message. It ends where the assistant begins.
 
     An attempt or a critique is model output that stands in a user's turn. So every control token, such as <|im_end|>,
-    is removed from it first: it could end the turn. Removing one can put another together, hence the loop. A hybrid
-    model such as Qwen3 is asked not to think.
+    is removed from it first: it could end the turn. Removing one can put another together, hence the loop. A model that
+    can switch its thinking off, such as Qwen3, does so.
     """
     control = [token.content for token in tokenizer.added_tokens_decoder.values()
-               if token.special or token.content.strip() and token.content in tokenizer.get_chat_template()]
+               if token.special or (token.content.strip() and token.content in tokenizer.get_chat_template())]
 
     def clean(text):
         while any(token in text for token in control):
@@ -258,24 +260,25 @@ def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, chunk=16)
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)      # (B, width)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     # `generate` follows the generation config of the checkpoint (Qwen3: top_k 20, top_p 0.95). The policy that samples
-    # would not be the policy that is scored. So that config is replaced, and a trained model is saved with ours.
+    # would not be the policy that is scored. So that config is replaced, also in the model that is saved.
     how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
     model.generation_config = GenerationConfig(**how, eos_token_id=sorted(stops), pad_token_id=pad)
     model.eval()                                              # in training mode, checkpointing would disable the cache
     cache, live, completions = DynamicCache(config=model.config), list(range(len(prompts))), [[]] * len(prompts)
     while live:
         tokens_left = width + max_new_tokens - ids.shape[1]
+        # `cache` is called past_key_values in transformers before 5.24.
         ids = model.generate(ids, attention_mask=mask, cache=cache, max_new_tokens=min(chunk, tokens_left))
         mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
         unfinished = []
         for row, tokens in enumerate(ids[:, width:].tolist()):
             end = next((t + 1 for t, token in enumerate(tokens) if token in stops), None)
-            completions[live[row]] = tokens[:end]
+            completions[live[row]] = tokens[:end]             # all of them if there is no stop token yet
             if end is None and len(tokens) < max_new_tokens:
                 unfinished.append(row)
         keep = torch.tensor(unfinished, dtype=torch.long, device=ids.device)
         live, ids, mask = [live[row] for row in unfinished], ids[keep], mask[keep]
-        cache.reorder_cache(keep)
+        cache.reorder_cache(keep)                             # keeps the rows that stay
     return completions, [completion[-1] not in stops for completion in completions]
 
 
@@ -295,12 +298,15 @@ def completion_logprobs(model, prompts, completions, temperature=1.0):
     predicts = (position >= first - 1) & (position < first - 1 + length)     # (B, L): logits at t - 1 predict token t
     mask = position[:int(length.max())] < length                             # (B, T)
 
+    # Evaluation mode, because dropout would change the log-probs. Only the layers that recompute their activations need
+    # training mode: Hugging Face recomputes in no other mode.
+    for module in model.modules():
+        module.training = getattr(module, "gradient_checkpointing", False)
     # The output layer makes 151,936 numbers for each position of Qwen3. That is the memory peak of the update. This
     # hook passes it only the positions that predict a completion token: (B, L, H) becomes (N, H), in any architecture.
-    for part in model.modules():                              # Hugging Face recomputes layers in training mode only
-        part.training = getattr(part, "gradient_checkpointing", False)
     with model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0][predicts],)):
         logits = model(input_ids=ids, use_cache=False).logits.float() / temperature               # (N, vocabulary)
+    # The roll puts token t at position t - 1, beside the logits that predict it.
     logp = -torch.nn.functional.cross_entropy(logits, ids.roll(-1, dims=1)[predicts], reduction="none")
     # `predicts` and `mask` mark the same tokens in the same order, row by row.
     return torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, logp), mask.float()
@@ -325,7 +331,7 @@ class Turn:
     @property
     def group(self):
         """The group of Eq. 5. Revisions are compared with first attempts, because both train pi(. | q)."""
-        return self.query, "critic" if self.part == "critique" else "solver"
+        return (self.query, "critic" if self.part == "critique" else "solver")
 
 
 def outcome_reward(text, problem, truncated):
@@ -348,11 +354,12 @@ def generate_turns(model, tokenizer, part, sessions, chats, config):
             more = sample(model, tokenizer, batch, limit, config.temperature)
             completions, truncated = completions + more[0], truncated + more[1]
         except torch.OutOfMemoryError:
-            rows = len(batch) // 2                            # other draws than planned, but the night is not lost
+            rows = len(batch) // 2                            # other random draws, but the run goes on
             if rows == 0:
                 raise
             tqdm.write(f"out of memory while sampling {len(batch)} rows; going on with {rows} at a time")
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    # Session s works on problem s // G. For a revision, `rollout` then replaces the second prompt, free_prompt.
     return [Turn(s // config.samples, s, part, prompt, prompt, *rest)
             for s, prompt, *rest in zip(sessions, prompts, completions, texts, truncated)]
 
@@ -366,10 +373,11 @@ def rollout(model, tokenizer, problems, config, critic=None, gated=True):
     problem_of = [problem for problem in problems for _ in range(config.samples)]      # of each session
     sessions = [[] for _ in problem_of]                                                # the turns of each session
     for number in range(1 if config.method == "grpo" else config.rounds):
+        # The sessions that go on: not begun, not solved, or (with gated=False) all.
         live = [s for s, turns in enumerate(sessions) if not turns or turns[-1].reward != 1.0 or not gated]
         if not live:
             break
-        part, critiques = "first" if number == 0 else "revision", [None] * len(live)
+        part, critiques = ("first" if number == 0 else "revision"), [None] * len(live)
         if part == "revision":
             chats = [critic_messages(problem_of[s]["problem"], sessions[s][-1].text) for s in live]
             critiques = generate_turns(critic or model, tokenizer, "critique", live, chats, config)
@@ -380,7 +388,7 @@ def rollout(model, tokenizer, problems, config, critic=None, gated=True):
             attempt.reward = outcome_reward(attempt.text, problem_of[s], attempt.truncated)
             if part == "revision":
                 critique.reward = critic_reward(sessions[s][-1].reward, attempt.reward)
-                attempt.free_prompt = sessions[s][0].prompt
+                attempt.free_prompt = sessions[s][0].prompt   # the problem alone
                 sessions[s].append(critique)
             sessions[s].append(attempt)
     return [turn for turns in sessions for turn in turns]
@@ -408,23 +416,26 @@ def make_optimizer(model, config):
 
 
 def optimizer_step(model, optimizer, grad_clip=1.0):
-    """Clip the gradients, take a step and clear them. Returns their norm before clipping; if not finite, no step."""
+    """Clip the gradients, take a step and clear them. Returns their norm before clipping; if not finite, no step.
+
+    Paper: it does not give grad_clip. This is the value of the authors' code.
+    """
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
     if math.isfinite(norm):
-        # Without --bf16, the two tensors of a pair are the same.
+        # A master is the float32 copy of a weight, on the host. Without --bf16 it is the weight itself.
         pairs = list(zip(model.parameters(), optimizer.param_groups[0]["params"]))
-        for weight, copy in pairs:
-            copy.grad = None if weight.grad is None else weight.grad.to(copy)
+        for weight, master in pairs:
+            master.grad = None if weight.grad is None else weight.grad.to(master)
         optimizer.step()
-        for weight, copy in pairs:
-            weight.data.copy_(copy.data)
-            copy.grad = None
+        for weight, master in pairs:
+            weight.data.copy_(master.data)
+            master.grad = None
     model.zero_grad()
     return norm
 
 
 def micro_batches(turns, budget):
-    """Split `turns`, longest first, into lists that hold at most `budget` tokens when padded to their longest turn."""
+    """Split `turns`, longest first, into lists of at most `budget` tokens with padding. A longer turn is alone."""
     turns, batches = sorted(turns, key=lambda t: -len(t.prompt) - len(t.completion)), []
     while turns:
         rows = max(1, budget // (len(turns[0].prompt) + len(turns[0].completion)))
@@ -437,17 +448,19 @@ def update(model, optimizer, turns, config):
     """Take the optimiser step(s) of one rollout on Eq. 6. Returns a dict of figures to log (see the README)."""
     for turn, A in zip(turns, role_advantages([t.reward for t in turns], [t.group for t in turns]).tolist()):
         turn.advantage = A
-    # A turn with advantage 0 has no gradient. It is left out here, but it counts in the mean over all samples. If all
-    # are 0 there is no step at all: AdamW would still move the weights, by its momentum and by weight decay.
+    # A turn with advantage 0 has no gradient. It is left out here, but it counts in the mean over all samples.
+    # Paper: it does not say what to do if all advantages are 0. Here there is no step, because AdamW would still move
+    # the weights, by its momentum and by weight decay.
     active = [turn for turn in turns if turn.advantage != 0]
+    # A micro-batch holds turns of one part. So w is computed for a whole micro-batch, or not at all.
     batches = [batch for part in ("first", "critique", "revision")
                for batch in micro_batches([t for t in active if t.part == part], config.micro_tokens)]
     stats = {"flat": 1 - len(active) / len(turns), "objective": 0.0, "grad_norm": 0.0}
 
-    at_rollout, ratios = [], []                     # of each micro-batch: (log pi_old, w); and w of all revisions
+    at_rollout, ratios = [], []                     # (log pi_old, w) of each micro-batch; the values of w of revisions
     for inner in range(config.inner_steps if active else 0):
         stats["objective"] = 0.0
-        for number, batch in enumerate(batches):
+        for index, batch in enumerate(batches):
             sampled = [t.completion for t in batch]
             logp, mask = completion_logprobs(model, [t.free_prompt for t in batch], sampled, config.temperature)
             if inner == 0:
@@ -460,7 +473,7 @@ def update(model, optimizer, turns, config):
                     w = calibration_ratio(logp, guided)
                     ratios.append(w[mask.bool()])
                 at_rollout.append((logp.detach(), w))
-            logp_old, w = at_rollout[number]
+            logp_old, w = at_rollout[index]
             A = torch.tensor([turn.advantage for turn in batch], device=logp.device)
             # icrl_objective is a mean over this micro-batch. The factor makes it a part of the mean over all turns, so
             # that the gradients of the micro-batches add up to exactly the gradient of the whole batch.
@@ -502,14 +515,15 @@ def load_model(name, config):
 
 
 def check_model(model, tokenizer):
-    """Raise ValueError if prompts or samples of this model would be wrong."""
+    """Raise ValueError if prompts or samples of this model would be wrong. "zebra" is a word that is easy to find."""
     prompt, stops = encode_chat(tokenizer, critic_messages("zebra", "quokka")), stop_tokens(model, tokenizer)
     known = model.get_input_embeddings().num_embeddings
     if not stops or "zebra" not in tokenizer.decode(prompt) or max(*prompt, *stops) >= known:
         raise ValueError("its tokenizer loses text, has no end-of-sequence token, or makes ids beyond the embeddings")
-    # Read the second half of the prompt at once. Read it again as `sample` does: behind padding, beside a row that then
-    # leaves, and in two parts. A model that keeps no key-value cache, or that looks at padding or at later tokens,
-    # gives other logits. Its samples would be wrong without any message.
+    # Read the second half of the prompt at once. Then read it as `sample` does: row 0 is the whole prompt, row 1 is its
+    # second half behind padding. Read both up to their last token, drop row 0, and read the last token of row 1. A
+    # model that keeps no key-value cache, or looks at padding or at later tokens, gives other logits. Its samples would
+    # be wrong without any message.
     half, ids, cache = len(prompt) // 2, torch.tensor([prompt, prompt]), DynamicCache(config=model.config)
     mask = (torch.arange(len(prompt)) >= torch.tensor([[0], [half]])).long()
     one = GenerationConfig(max_new_tokens=1, output_logits=True, return_dict_in_generate=True, pad_token_id=prompt[0])
@@ -530,9 +544,10 @@ def check_context(model, tokenizer, problems, config):
     if rope and rope.get("rope_type") == "longrope":
         context = rope["original_max_position_embeddings"]
     for problem in sorted((p["problem"] for p in problems), key=len)[-8:]:
+        # The longest input is the critic's: it reads the problem and an attempt, and then writes.
         prompt = encode_chat(tokenizer, critic_messages(problem, ""))
         if context and len(prompt) + config.max_response + config.max_critique > context:
-            raise UsageError(f"{problem[:40]!r} may need more than the {context} tokens that the model can read")
+            raise UsageError(f"{problem[:40]!r} may need more than the model's {context} tokens; lower --max_response")
 
 
 def problems_of_step(problems, step, config):
@@ -573,7 +588,10 @@ def show_session(title, turns, problems):
 
 
 def save(run, model, tokenizer, optimizer, state):
-    """Save the model in run/model, and in run/checkpoint.pt what --resume needs. A crash leaves the old checkpoint."""
+    """Save the model in run/model (bfloat16 with --bf16), and in run/checkpoint.pt what --resume needs.
+
+    A crash leaves the old checkpoint as it was.
+    """
     model.save_pretrained(run / "model")
     tokenizer.save_pretrained(run / "model")
     weights = [weight.detach() for weight in optimizer.param_groups[0]["params"]]      # float32, with --bf16 too
@@ -589,8 +607,8 @@ def restore(run, model, optimizer):
         raise UsageError(f"{run / 'checkpoint.pt'} is damaged: {error}") from error
     # The settings of AdamW, such as --lr, are those of this run. Only its moments come from the checkpoint.
     optimizer.load_state_dict({**saved["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})
-    for weight, copy, tensor in zip(model.parameters(), optimizer.param_groups[0]["params"], saved["weights"]):
-        copy.data.copy_(tensor)
+    for weight, master, tensor in zip(model.parameters(), optimizer.param_groups[0]["params"], saved["weights"]):
+        master.data.copy_(tensor)
         weight.data.copy_(tensor)
     return saved["state"]
 
@@ -598,8 +616,8 @@ def restore(run, model, optimizer):
 def train(config):
     """Train as `config` says, in the folder config.out. Returns the state of the run, with its evaluations.
 
-    A run may be stopped at any moment. With --resume it continues from its last checkpoint, and the result equals that
-    of an uninterrupted run.
+    A run may be stopped at any moment. With --resume it continues from its last checkpoint. On a CPU the result then
+    equals that of an uninterrupted run, bit for bit.
     """
     check(config)
     run = Path(config.out)
@@ -616,8 +634,8 @@ def train(config):
     state = restore(run, model, optimizer) if (run / "checkpoint.pt").exists() else dict(step=0, tokens=0, bytes=(0, 0))
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
-    most = config.queries * config.samples * (config.rounds * config.max_response + config.rounds * config.max_critique)
-    print(f"training on {config.data}, in {run}; a step samples up to {most:,} tokens", flush=True)
+    more = (config.method == "icrl") * (config.rounds - 1) * (config.max_response + config.max_critique)
+    print(f"{run}: a step samples up to {config.queries * config.samples * (config.max_response + more):,} tokens")
     if "before" not in state:
         state["before"] = evaluate(model, tokenizer, heldout, config, run / "heldout-0.jsonl")
     with open(run / "metrics.jsonl", "a") as metrics, open(run / "sessions.jsonl", "a") as sessions:
@@ -632,7 +650,7 @@ def train(config):
             turns = rollout(model, tokenizer, batch, config)
             tokens = state["tokens"] + sum(len(t.completion) for t in turns)
             row = {"step": step, "tokens": tokens, **rollout_stats(turns), **update(model, optimizer, turns, config)}
-            bar.set_postfix_str(f"reward {row['first_reward']:.2f}, with critique {row['revision_reward'] or 0:.2f}")
+            bar.set_postfix({name: row[name] for name in ("first_reward", "revision_reward") if row[name] is not None})
             if step == config.steps or config.eval_every and step % config.eval_every == 0:
                 state["after"] = evaluate(model, tokenizer, heldout, config, run / f"heldout-{step}.jsonl")
                 row["heldout"] = state["after"]
@@ -660,8 +678,9 @@ def interval(means):
 def evaluate(model, tokenizer, problems, config, log=None, critic=None):
     """Measure what the solver can do without critique, and what critiques add. Returns a dict of figures.
 
-    Here right attempts are criticised too. log: a file for all turns. critic: another model for the critiques. The
-    problems and the random draws are the same at every call, and no randomness of the training is used up.
+    Here right attempts are criticised too, although the critic's prompt calls them failed. log: a file for all turns.
+    critic: another model for the critiques. The problems and the random draws are the same at every call, and no
+    randomness of the training is used up.
     """
     if len(problems) > config.eval_problems:        # not the first ones: a file may be ordered by subject
         problems = np.random.default_rng(0).choice(problems, config.eval_problems, replace=False).tolist()
@@ -672,16 +691,19 @@ def evaluate(model, tokenizer, problems, config, log=None, critic=None):
     if log:
         with open(log, "w") as file:
             log_sessions(file, turns, problems, None)
+    # With gated=False each session has exactly K attempts: (K, sessions).
     rewards = np.array([t.reward for t in turns if t.part != "critique"]).reshape(-1, config.rounds).T
-    best, second, by_problem = rewards[0], rewards[1], rewards[0].reshape(len(problems), -1)
+    first, second, by_problem = rewards[0], rewards[1], rewards[0].reshape(len(problems), -1)
     low, high = interval(by_problem.mean(1))
-    figures = {"pass@1": mean(best), "95% from": low, "95% to": high, f"pass@{config.samples}": mean(by_problem.max(1))}
-    figures |= {"put right": mean(second[best < 1] == 1), "put wrong": mean(second[best == 1] < 1)}
+    # With k = 1, pass@k is pass@1: the same key and the same value.
+    figures = {"pass@1": mean(first), "95% from": low, "95% to": high}
+    figures |= {f"pass@{config.samples}": mean(by_problem.max(1)), "put right": mean(second[first < 1] == 1),
+                "put wrong": mean(second[first == 1] < 1)}
     kinds = np.array([str(problems[t.query].get("kind", "")) for t in turns if t.part == "first"])
-    by_kind = {f"pass@1 {kind}": mean(best[kinds == kind]) for kind in sorted({*kinds} - {""})}
-    for number in range(1, config.rounds):          # a right attempt would end the session, so it stays right
-        best = np.where(best == 1, best, rewards[number])
-        figures[f"after {number} critique"] = mean(best)
+    by_kind = {f"pass@1 {kind}": mean(first[kinds == kind]) for kind in sorted({*kinds} - {""})}
+    for round_number in range(1, config.rounds):    # a right attempt would end the session, so it stays right
+        first = np.where(first == 1, first, rewards[round_number])
+        figures[f"after {round_number} critique"] = mean(first)
     lengths = {name: value for name, value in rollout_stats(turns).items() if name.endswith(("tokens", "truncated"))}
     return figures | lengths | by_kind
 
@@ -698,10 +720,10 @@ def problem_and_answer(row):
     if not all(type(value) in (str, int, float) for value in answers):
         raise ValueError(f"the answer {answers} is neither text nor a number")
     answer = ", ".join(map(str, answers)).rpartition("####")[2].strip()                # GSM8K: behind the mark
-    answer = extract_answer(answer) or "" if "boxed" in answer else answer             # MATH: in the last box
+    answer = (extract_answer(answer) or "") if "boxed" in answer else answer           # MATH: in the last box
     if not problem.strip() or not is_correct(rf"\boxed{{{answer}}}", answer):
         raise ValueError(f"no problem, or no answer that fits in a box, under the keys {', '.join(row)}")
-    json.dumps([problem, *answers], allow_nan=False, ensure_ascii=False).encode()      # no NaN, no half a character
+    json.dumps([problem, *answers], allow_nan=False, ensure_ascii=False).encode()      # NaN and lone surrogates raise
     return problem.strip(), answer
 
 
@@ -1042,7 +1064,7 @@ class Formula:
         """z!, exact for a natural number. For a variable it is some other random number."""
         self.bits -= 12 * abs(z)
         natural = isinstance(z, Fraction) and z.denominator == 1 and z >= 0 and self.bits > 0
-        return Fraction(math.factorial(int(z))) if natural else unknown(f"factorial {z:.6g}")
+        return Fraction(math.factorial(int(z))) if natural else unknown(f"factorial {complex(z):.6g}")
 
     def operand(self):
         token = self.tokens.pop(0)
@@ -1081,7 +1103,7 @@ def parse(argv=None):
 
 
 def main(argv=None):
-    """Train, and print the figures before and after. Returns the exit code: 0; 2 if the user can mend it; 130."""
+    """Train, and print the figures before and after. Returns the exit code: 0, 2 for an error, 130 after Ctrl-C."""
     sys.stdout.reconfigure(errors="replace")        # a console that cannot show a letter must not end a run
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -1095,7 +1117,7 @@ def main(argv=None):
     for name in columns[0]:
         cells = ["-" if figures[name] is None else f"{figures[name]:.3g}" for figures in columns]
         print(f"{name:24}", *(f"{cell:>8}" for cell in cells))
-    print(f"{state['tokens']:,} tokens sampled in {state['step']} steps; the model is in {config.out}/model")
+    print(f"{state['tokens']:,} tokens sampled in {state['step']} steps; the run is in {config.out}")
     return 0
 
 

@@ -66,7 +66,7 @@ import icrl
 
 torch.set_num_threads(1)                            # faster for models this small
 DATA = icrl.HERE / "math_data"
-SHIPPED = DATA / "remedies" / "model"
+SHIPPED = DATA / "arithmetic" / "model"
 TOKENIZER = AutoTokenizer.from_pretrained(SHIPPED)
 EOS, PAD = TOKENIZER.eos_token_id, TOKENIZER.pad_token_id
 
@@ -338,16 +338,16 @@ def test_the_token_that_ends_the_assistants_turn_is_a_stop_token(template, end):
 
 
 def test_sampling_uses_its_cache_even_with_checkpointing():
-    """Trap 26: in training mode, checkpointing silently disables the cache. And a graph of all tokens fills memory."""
+    """Trap 26: without the cache, each token costs a pass over all. And the graph of all passes would fill memory."""
     model, calls = tiny_model(), []
     expected = icrl.sample(model, TOKENIZER, PROMPTS, 7, temperature=0.0, chunk=3)
     model.activation_checkpointing_enable()
     model.train()
     model.register_forward_pre_hook(lambda _, args, kwargs: calls.append(
-        (*kwargs["input_ids"].shape, torch.is_grad_enabled())), with_kwargs=True)
+        (*kwargs["input_ids"].shape, torch.is_grad_enabled(), model.training)), with_kwargs=True)
     assert icrl.sample(model, TOKENIZER, PROMPTS, 7, temperature=0.0, chunk=3) == expected
     # The prompts are read once. After that, each row is one token a call.
-    assert calls == [(5, max(map(len, PROMPTS)), False)] + [(5, 1, False)] * 6
+    assert calls == [(5, max(map(len, PROMPTS)), False, False)] + [(5, 1, False, False)] * 6
 
 
 @pytest.mark.parametrize("memory, rows", [(10.01, 10), (9.99, 9), (128.01, 128), (0.5, 1)])
@@ -760,7 +760,7 @@ BAD_MODELS = {
     "no template": (remove("chat_template.jinja"), "template"),
     "template without text": (write("chat_template.jinja", "Hello!"), "loses"),
     "no end": (no_end, "no end-of-sequence token"),
-    "ids beyond": (replace_by(tiny_model, vocab_size=258), "beyond the embeddings"),
+    "ids beyond": (replace_by(tiny_model, vocab_size=EOS + 1), "beyond the embeddings"),
     "no language model": (put("config.json", model_type="t5", architectures=["T5"]), ""),
     "quantised": (put("config.json", quantization_config={"quant_method": "fp8"}), "quantised"),
     "adapter": (write("adapter_config.json", '{"peft_type": "LORA"}'), "LoRA adapter"),
@@ -778,7 +778,7 @@ def test_a_model_that_cannot_be_used_is_refused(change, words, tmp_path):
 
 @pytest.mark.parametrize("change", [
     put("tokenizer_config.json", pad_token="<|end|>"), put("tokenizer_config.json", pad_token=None),
-    replace_by(tiny_model, vocab_size=400), replace_by(tiny_model, vocab_size=297),      # id 297 is in no prompt
+    replace_by(tiny_model, vocab_size=400), replace_by(tiny_model, vocab_size=len(TOKENIZER) - 1),
     remove("generation_config.json")], ids=["pad is eos", "no pad", "spare ids", "unused id beyond", "no settings"])
 def test_models_may_differ_in_what_does_not_matter(change, tmp_path):
     change(shutil.copytree(SHIPPED, tmp_path / "model"))
@@ -794,7 +794,7 @@ LONGROPE = [("type", "longrope"), ("short_factor", [1.0] * 48), ("long_factor", 
     lambda n: Phi3Config(original_max_position_embeddings=n, rope_scaling=dict(LONGROPE))],
     ids=["plain", "with a text_config", "longrope"])
 def test_a_problem_that_does_not_fit_in_the_context_is_refused(shape):
-    problems, config = [{"problem": "a" * n} for n in (9, 100, 8)], icrl.Config(max_response=20, max_critique=30)
+    problems, config = [{"problem": "a" * n} for n in (*range(50), 100)], icrl.Config(max_response=20, max_critique=30)
     need = len(icrl.encode_chat(TOKENIZER, icrl.critic_messages("a" * 100, ""))) + 20 + 30
     icrl.check_context(SimpleNamespace(config=shape(need)), TOKENIZER, problems, config)
     with pytest.raises(icrl.UsageError, match=f"'aaa.* {need - 1} tokens"):
@@ -952,7 +952,7 @@ def test_the_shipped_model_learns():
     config = icrl.Config(queries=8, steps=6, lr=1e-3, device="cpu")
     model, tokenizer = icrl.load_model(config.model, config)
     optimizer = icrl.make_optimizer(model, config)
-    problems, heldout = ([p for p in icrl.load_problems(path) if p["kind"] == "bracket"]
+    problems, heldout = ([p for p in icrl.load_problems(path) if p["kind"] == "method: brackets"]
                          for path in (config.data, config.heldout))
     before = icrl.evaluate(model, tokenizer, heldout, config)
     torch.manual_seed(0)
@@ -1041,15 +1041,15 @@ def test_data_sets_are_read_as_they_come(row, answer, tmp_path):
     assert icrl.load_problems(path) == [other, {**row, "problem": "6 * 7?", "answer": answer}]
 
 
-@pytest.mark.parametrize("folder", ["remedies", "hints", "words"])
+@pytest.mark.parametrize("folder", ["arithmetic", "words"])
 def test_no_shipped_problem_is_in_both_sets(folder):
     train, heldout = (icrl.load_problems(DATA / folder / f"{name}.jsonl") for name in ("train", "heldout"))
     assert not {p["problem"] for p in train} & {p["problem"] for p in heldout}
 
 
-@pytest.mark.parametrize("file", ["remedies/train", "remedies/heldout", "hints/train", "hints/heldout"])
+@pytest.mark.parametrize("file", [icrl.Config.data, icrl.Config.heldout], ids=["data", "heldout"])
 def test_the_answers_of_the_shipped_problems_are_right(file):
-    for p in icrl.load_problems(DATA / f"{file}.jsonl"):
+    for p in icrl.load_problems(file):
         formula = p["problem"].removeprefix("What is ").rstrip("?").replace("^", "**")
         assert int(p["answer"]) == eval(formula)
 
@@ -1093,8 +1093,9 @@ def test_exact_repeats_are_dropped_and_counted(tmp_path, capsys):
 
 # --------------------------------------------------------------------------------------------------- answer checker
 
+
 def accepts(pred, gold):
-    """Whether an attempt that ends with `pred` is right."""
+    """Whether a response that ends with `pred` in a box is right."""
     return icrl.is_correct(rf"So the answer is $\boxed{{{pred}}}$.", gold)
 
 
@@ -1105,82 +1106,118 @@ def cases(table):
 
 
 def swapped(table):
-    """The pairs the other way round, but for the kinds where it matters: only the gold answer says how far to round."""
+    """The pairs the other way round, except where only one of the two answers may be rounded."""
     return {f"{kind}, swapped": [(gold, pred) for pred, gold in pairs] for kind, pairs in table.items()
-            if kind not in ("decimal", "scientific")}
+            if kind not in ("decimal", "scientific", "decimal of an exact answer")}
 
 
 EQUAL = {
     "integer": [("17", "17"), ("017", "17"), ("17.0", "17"), ("+17", "17"), ("20-3", "17"), ("−17", "-17"),
                 ("17,", "17"), ("; 17", "17"), ("17", r"So it is \boxed{17}."), (r"10 \cdot 10^{499}", "10^{500}")],
     "thousands": [("7,650,000", "7650000"), (r"7{,}650", "7650"), (r"7,\!650", "7650"), (r"\$7,650", "7650")],
-    "fraction": [(r"\frac{6}{8}", r"\frac34"), ("3/4", r"\dfrac{3}{4}"), ("-3/4", r"\frac{-3}{4}"),
-                 ("0.75", "3/4"), (r"\\frac{3}{4}", "3/4")],
+    "fraction": [(r"\frac{6}{8}", r"\frac34"), ("3/4", r"\dfrac{3}{4}"), ("-3/4", r"\frac{-3}{4}"), ("¾", "3/4"),
+                 ("0.75", "3/4"), (r"\\frac{3}{4}", "3/4"), (r"{3 \over 4}", "3/4")],
     "mixed number": [(r"2\frac{1}{4}", "9/4"), (r"-2\frac14", "-2.25"), ("2 1/4", r"2\frac14")],
-    "decimal": [(".25", "0.250"), ("1/3", "0.333"), ("2.71828", "2.718"), ("-0.6667", "-0.667")],
+    "decimal": [(".25", "0.250"), ("1/3", "0.333"), ("2.71828", "2.718"), ("-0.6667", "-0.667"), ("0.33333", "0.333")],
     "scientific": [(r"6.5 \times 10^{-4}", "6.5e-4"), (r"2 \cdot 10^3", "2000"), ("4.567e5", "4.57e5")],
-    "sign or unit": [("35%", r"35\%"), (r"60^\circ", "60"), (r"8\text{ cm}^2", "8"),
-                     ("8", r"8 \mbox{ cm}^2"), ("8 cm", r"8 \text{ cm}"), ("9 square feet", "9"),
-                     (r"\$4.50", "4.50"), ("12", "12_7"), (r"12\text{ dollars}", r"12\text{dollar}"),
-                     (r"6\text{ PM}", "6")],
-    "radical": [(r"\sqrt{48}", r"4\sqrt3"), (r"\frac{1}{\sqrt{5}}", r"\frac{\sqrt{5}}{5}"),
-                (r"\sqrt[3]{16}", r"2\sqrt[3]{2}"), ("√7", r"\sqrt{7}"), ("7^{1/2}", r"\sqrt 7"),
-                ("sqrt(7)", r"\sqrt{7}")],
+    "decimal of an exact answer": [("0.333333", "1/3"), ("3.14159265", r"\pi"), ("2.449490", r"\sqrt6"),
+                                   (r"2.314814815 \times 10^{-3}", r"\frac{1}{432}"), ("0.33333333333", "1/3")],
+    "repeating decimal": [(r"1.\overline{1}", "10/9"), (r"\frac{29}{30}", r"0.9\overline{6}"),
+                          (r"-0.\overline{3}", "-1/3"), (r"2 \cdot 0.\overline{3}", "2/3")],
+    "sign or unit": [("35%", r"35\%"), (r"60^\circ", "60"), (r"8\text{ cm}^2", "8"), ("8", r"8 \mbox{ cm}^2"),
+                     ("8 cm", r"8 \text{ cm}"), ("9 square feet", "9"), (r"\$4.50", "4.5"), ("12", "12_7"),
+                     (r"12\text{ dollars}", r"12\text{dollar}"), (r"\$5", r"5\text{ dollars}"), ("6 inches", "6 inch"),
+                     ("12ft", "12"), (r"2\pi cm", r"2\pi"), (r"\text{12 feet}", "12"), (r"12\ \mathrm{m^2}", "12"),
+                     (r"12\,\frac{\text{m}}{\text{s}}", "12"), ("12 hours", "12"), (r"180 \text { (days). }", "180")],
+    "noun or ordinal": [("30 apples", "30"), (r"9\text{ multiples}", r"9\text{ values}"), (r"12^{\mathrm{th}}", "12")],
+    "clock": [(r"4:30 \text{ PM}", "4:30 p.m."), (r"\text{4:30 p.m.}", "4:30 PM"), ("8:00 AM", "08:00 AM"),
+              (r"6\text{ PM}", "6")],
+    "remainder": [(r"n \equiv 2 \pmod 5", r"n\equiv 2 (\bmod 5)"), (r"2 \pmod{5}", "2")],
+    "radical": [(r"\sqrt{48}", r"4\sqrt3"), (r"\frac{1}{\sqrt{5}}", r"\frac{\sqrt{5}}{5}"), ("sqrt(7)", r"\sqrt{7}"),
+                (r"\sqrt[3]{16}", r"2\sqrt[3]{2}"), ("√7", r"\sqrt{7}"), ("7^{1/2}", r"\sqrt 7"), ("∛8", "2"),
+                (r"\sqrt[3]{x}^2", "x^{2/3}"), (r"\sqrt[3]{\frac{1}{2}}", "(1/2)^{1/3}")],
+    "power": [("(2024)^{4046}", "2024^{4046}"), ("(-1)^{2024}", "1"), ("2^6 * 3^5 * 5^4", "2^6 3^5 5^4"),
+              (r"\frac16+\frac{1}{3 \cdot 2^{2006}}", r"\frac{2^{2005}+1}{3 \cdot 2^{2006}}")],
+    "factorial": [("1/2004!", r"\frac{1}{2004!}"), ("5!", "120"), ("-3!", "-6"), ("2n!+2", "2(n!+1)"),
+                  ("n!/2", r"\frac{n!}{2}"), (r"\binom{56}{48}", r"\binom{56}{8}"), (r"\dbinom52", "10"),
+                  (r"{n \choose 2}", r"\binom{n}{2}"), (r"\binom{n+1}{3}", r"\binom{1+n}{3}")],
+    "floor": [(r"1+\left\lceil\frac n2\right\rceil", r"\lceil n/2\rceil+1"), (r"\lfloor -7/2 \rfloor", "-4"),
+              (r"\lceil 7/2 \rceil", "4"), (r"\lfloor x \rfloor", r"f(x) = \lfloor x \rfloor")],
+    "absolute value": [("|-5|", "5"), ("2|x|", r"2\left|x\right|"), (r"\lvert x-1 \rvert", "|1-x|")],
     "constant": [(r"\frac{\pi}{2}", r"0.5\pi"), ("2pi", r"2\pi"), (r"e^{\ln 3}", "3"), ("(1+i)^2", "2i"),
                  (r"(-\sqrt{2})^{1/2}", r"i\sqrt[4]{2}")],
     "function": [(r"\log_2 32", "5"), (r"\sin^2 x + \cos^2 x", "1"), (r"\sin 2x", r"2\sin x\cos x"),
-                 (r"\tan(t)", r"\frac{\sin t}{\cos t}"), (r"\exp(-t)", "e^{-t}"),
-                 (r"\tan^{-1} 2", r"\arctan 2"), (r"\ln(2)\pi", r"\pi\ln(2)")],
-    "expression": [("(n+1)(n-1)", "n^2-1"), ("a b + c", "c+ba"), (r"\frac{1}{2}x", "x/2"),
-                   ("x_{1}+x_2", "x_2 + x_1"), (r"\omega_{0}^2 r", r"r\omega_0^{2}"), ("y**2", "y^2"),
-                   ("2A", r"A \cdot 2"), (r"1000(\sqrt2+\sqrt3)", r"1000\sqrt2+1000\sqrt3")],
+                 (r"\tan(t)", r"\frac{\sin t}{\cos t}"), (r"\exp(-t)", "e^{-t}"), (r"\tan^{-1} 2", r"\arctan 2"),
+                 (r"\ln(2)\pi", r"\pi\ln(2)")],
+    "expression": [("(n+1)(n-1)", "n^2-1"), ("a b + c", "c+ba"), (r"\frac{1}{2}x", "x/2"), ("y**2", "y²"),
+                   ("x_{1}+x_2", "x_2 + x_1"), (r"\omega_{0}^2 r", r"r\omega_0^{2}"), ("2A", r"A \cdot 2"),
+                   (r"1000(\sqrt2+\sqrt3)", r"1000\sqrt2+1000\sqrt3"), ("2θ", r"\theta\cdot2"), ("x³", "x^3"),
+                   (r"\omega\hbar", r"\hbar\omega"), (r"\dot{x}+1", r"1+\dot x"), ("１２", "12")],
     "equation": [("x=6", "6"), ("6", "k = 6"), ("y=3x+1", "3x+1"), ("2x=12", "x=6"), ("x-3y+2=0", "3y-x=2"),
-                 ("f(x)=x^2+x", "x(x+1)"), (r"\frac12 \approx 0.5", "1/2"), (r"p = 2 \cdot 3 = 6", "6")],
+                 ("f(x)=x^2+x", "x(x+1)"), (r"\frac12 \approx 0.5", "1/2"), (r"p = 2 \cdot 3 = 6", "6"), ("2=x", "2"),
+                 (r"\angle APC = 74^\circ", r"74^\circ"), ("m+n=7", "7"), ("|AB|=1", "1"), (r"P(x)\equiv 5", "5"),
+                 (r"f(x)=1 \text{ for all } x", "1"), (r"\Delta p = 2x", "2x")],
     "tuple": [("(1/2, -3)", "(0.5,-3)"), ("(x,y) = (4,5)", "(4,5)"), ("(x,y) = (4, 10/2)", "(x,y) = (4,5)"),
-              ("(3, 8/2)", "(3,4)"), (r"\langle 4, 5 \rangle", "(4,5)")],
-    "interval": [(r"[0, \infty)", r"[ 0,+\infty )"), (r"x \in (1,2]", "(1, 2]"),
-                 ("(3,4)∪(1,2)", r"(1,2) \cup (3,4)"), (r"3 < x \le 4", "(3,4]"), (r"x \ge 5", r"[5, \infty)"),
-                 (r"5 > x", r"x < 5"), ("x<5", r"(-\infty,5)"), (r"-x < 5", r"-x<5")],
-    "list or set": [("5, 4, 3", "3,4,5"), (r"\{3, 4\}", "4,3"), (r"3 \text{ and } 4", "4, 3"),
-                    ("x=3 or x=4", "3,4"), (r"1 \pm \sqrt{2}", r"1-\sqrt{2}, 1+\sqrt{2}"),
-                    ("a=3, b=4", "3,4"), ("(1,2), (3,4)", "(3,4),(1,2)"),
-                    ("(1,-2), (-1,2)", r"(\pm 1, \mp 2)")],
-    "matrix": [(r"\begin{pmatrix} 1/2 \\ 3 \end{pmatrix}", r"\begin{pmatrix}0.5\\3\end{pmatrix}"),
-               (r"\begin{bmatrix}1&2\\3&4\end{bmatrix}", r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}")],
-    "text": [(r"\text{Tuesday}", "tuesday"), ("(B)", r"\text{B}"), (r"\textbf{(D)}", r"\text{(D)}"),
-             ("No", r"\text{no}")],
+              ("(3, 8/2)", "(3,4)"), (r"\langle 4, 5 \rangle", "(4,5)"), ("(3;4),(1;2)", "(1,2),(3,4)")],
+    "interval": [(r"[0, \infty)", r"[ 0,+\infty )"), (r"x \in (1,2]", "(1, 2]"), (r"3 < x \le 4", "(3,4]"),
+                 ("(3,4)∪(1,2)", r"(1,2) \cup (3,4)"), (r"x \ge 5", r"[5, \infty)"), (r"5 > x", r"x < 5"),
+                 ("x<5", r"(-\infty,5)"), (r"-x < 5", r"-x<5"), (r"x\leqslant 3", r"(-\infty,3]")],
+    "set of reals": [(r"x \neq 4", r"(-\infty,4)\cup(4,\infty)"), ("-x>-1", "x<1"), (r"\mathbb{R}", r"x\in\mathbb{R}"),
+                     (r"\mathbb{R}\setminus\{-2,3\}", r"(-\infty,-2)\cup(-2,3)\cup(3,\infty)"),
+                     (r"|x| \ge 8", r"(-\infty,-8]\cup[8,\infty)"), ("|x| < 8", "(-8,8)"), ("0<f(x)<1", "(0,1)"),
+                     (r"\{x \mid -1<x<1\}", "(-1,1)"), (r"x<2 \text{ or } x>5", r"(-\infty,2)\cup(5,\infty)")],
+    "list or set": [("5, 4, 3", "3,4,5"), (r"\{3, 4\}", "4,3"), (r"3 \text{ and } 4", "4, 3"), ("x=3 or x=4", "3,4"),
+                    (r"1 \pm \sqrt{2}", r"1-\sqrt{2}, 1+\sqrt{2}"), ("a=3, b=4", "3,4"), (r"n \in \{1,3\}", "1, 3"),
+                    ("(1,2), (3,4)", "(3,4),(1,2)"), ("(1,-2), (-1,2)", r"(\pm 1, \mp 2)"),
+                    (r"\text{B,C}", "B, C"), (r"\text{I and II}", "II and I"), (r"\emptyset", r"\varnothing")],
+    "matrix": [(r"\begin{pmatrix} 1/2 \\ 3 \end{pmatrix}", r"\begin{pmatrix}0.5\\3\\\end{pmatrix}"),
+               (r"\begin{bmatrix}1&2\\3&4\end{bmatrix}", r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"),
+               (r"(\begin{array}{cc}1&2\\3&4\end{array})", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+               (r"\frac{6}{5}\begin{pmatrix}5\\1\end{pmatrix}", r"\begin{pmatrix}6\\6/5\end{pmatrix}")],
+    "text": [(r"\text{Tuesday}", "tuesday"), ("(B)", r"\text{B}"), ("No", r"\text{no}"), (r"\textnormal{a b}", "A b")],
 }
 
 UNEQUAL = {
-    "integer": [("18", "17"), ("-17", "17"), ("1 7", "17"), ("", "17"), ("17 or 18", "17"),
-                (r"\pm 17", "17"), ("1267650600228229401496703205377", "2^{100}")],
+    "integer": [("18", "17"), ("-17", "17"), ("1 7", "17"), ("", "17"), ("17 or 18", "17"), (r"\pm 17", "17"),
+                ("1267650600228229401496703205377", "2^{100}")],
     "thousands": [("7,65", "765"), ("(7,650)", "7650"), ("7, 650", "7650"), ("(-7,650)", "-7650")],
-    "fraction": [(r"\frac{3}{4}", r"\frac{4}{3}"), (r"\frac34", "34"), (r"\frac{1}{2x}", r"\frac{1}{2}x")],
-    "mixed number": [(r"2\frac{1}{4}", "1/2"), (r"2\frac{1}{4}", "21/4")],
-    "decimal": [("0.33", "1/3"), ("0.3", "0.333"), ("0.334", "0.333"), ("2.4", "2.5"),
-                ("3.14159265", r"\pi"), ("0.33333333333", "1/3")],
-    "scientific": [(r"6.5 \times 10^4", "6.5e-4"), ("3.80e-10", "3.81e-10"), ("6.5e", "6.5"), ("0", "1e-30")],
-    "sign or unit": [(r"8\text{ cm}", r"8\text{ m}"), ("12_7", "12_8"), ("35%", "0.35"), ("8xy", "8"),
-                     (r"2\mathrm{i}", "2")],
-    "radical": [(r"\sqrt{5}", "5"), (r"3\sqrt{5}", "35"), (r"\sqrt[3]{5}", r"3\sqrt{5}"),
-                (r"\sqrt{2}+\sqrt{3}", r"\sqrt{5}")],
+    "fraction": [("3/4", r"\frac43"), (r"\frac34", "34"), (r"\frac{1}{2x}", r"\frac{1}{2}x"), (r"2\frac14", "21/4")],
+    "decimal": [("0.33", "1/3"), ("0.3", "0.333"), ("0.334", "0.333"), ("2.4", "2.5"), ("0.33333", "1/3"),
+                ("12.504", "12.50"), ("0.333", "0.3333"), ("0.333334", "1/3"), (r"0.\overline3", "0.3")],
+    "scientific": [(r"6.5 \times 10^4", "6.5e-4"), ("3.80e-10", "3.81e-10"), ("6.5e", "6.5"), ("0", "1e-30"),
+                   (r"2.314814 \times 10^{-3}", r"\frac{1}{432}")],
+    "sign or unit": [(r"8\text{ cm}", r"8\text{ m}"), ("12_7", "12_8"), ("35%", "0.35"), ("8xy", "8"), ("12 x", "12"),
+                     (r"5\text{ cents}", r"\$5"), ("8 inches", "8 cm"), (r"3\text{ m}", r"3\text{ s}"),
+                     (r"2\mathrm{i}", "2"), (r"8\text{ cm}^2", r"8\text{ cm}^3"), ("8 square feet", "8 square meters")],
+    "word that is no unit": [(r"3\text{ million}", "3"), ("3 Million", "3"), (r"3\text{ wrong}", "3"), ("not 3", "3"),
+                             (r"3\text{ tenths}", "3"), ("3 dozen", "3"), (r"5\text{ or more}", "5")],
+    "clock or remainder": [("4:30 AM", "4:30 PM"), ("4:31", "4:30 PM"), (r"2 \pmod 5", r"2 \pmod 4")],
+    "radical": [(r"\sqrt{5}", "5"), (r"3\sqrt{5}", "35"), (r"\sqrt[3]{5}", r"3\sqrt{5}"), (r"\sqrt[3]{x}^2", "x^{3/2}"),
+                (r"\sqrt2+\sqrt3", r"\sqrt5")],
+    "power": [("2024^{4047}", "2024^{4046}"), ("(-1)^{2023}", "1"), ("2^6 3^5 5^3", "2^6 3^5 5^4")],
+    "factorial": [("1/2006!", "1/2004!"), (r"\binom{56}{9}", r"\binom{56}{8}"), ("n!", "n"), ("n!!", "(n!)!"),
+                  (r"\binom n2", r"\binom n3")],
+    "floor": [(r"\lfloor n/2\rfloor", r"\lceil n/2\rceil"), (r"\lceil n/3\rceil", r"\lceil n/2\rceil")],
+    "no value": [("5", "e^{709}*e^{709}"), ("e^{709}*e^{709}", "e^{709}*e^{708}*7"), ("1/0", "2/0"), ("(-1)!", "(-2)!"),
+                 (r"0\cdot\infty", "0")],
     "constant": [(r"4\pi", "4"), ("2+3i", "2-3i"), (r"0.\overline{3}", "0"), (r"-\infty", r"\infty")],
     "function": [(r"\sin x", r"\cos x"), (r"\sin^{-1} x", r"\csc x"), (r"\ln 2x", r"2 \ln x"),
                  (r"\log_2 9", r"\log_3 9")],
-    "expression": [("(n+1)^2", "n^2+1"), ("x_1", "x_2"), ("n!", "n"), ("|x-1|", "x-1"), ("3r^2", "3R^2"),
-                   ("-2^2", "4")],
-    "equation": [("x=6", "y=6"), ("y=3x", "y=3x+1"), ("x+y=1", "1"), ("5-n", "5=n"), ("x<2", "x>2"),
-                 ("x-3y+2=0", "3y-x=1"), ("y=2x=1", "y=2x+1")],
-    "tuple": [("(3,4)", "(4,3)"), ("(3,4)", "3,4"), ("(3,4)", "34"), ("(3,4)", "(3,4,0)"),
-              (r"\{3,4\}", "(3,4)")],
-    "interval": [("[3,4)", "(3,4)"), ("(3,4]", "[3,4)"), (r"(3,\infty)", r"(-\infty,3)"),
-                 ("(1,2)", r"(1,2) \cup (3,4)"), ("x < 2", "y < 2"), (r"x \le 2", r"(-\infty,2)")],
-    "list or set": [("3", "3,4"), ("3,4,5", "3,4"), ("3,3,4", "3,4,4"), ("1+2", "1,2"),
-                    (r"1\pm\sqrt{2}", r"1+\sqrt{2}"), ("(1,2), (-1,-2)", r"(\pm 1, \mp 2)")],
+    "expression": [("(n+1)^2", "n^2+1"), ("x_1", "x_2"), ("|x-1|", "x-1"), ("3r^2", "3R^2"), ("-2^2", "4"),
+                   (r"\dot x", "x"), (r"\theta", r"\phi"), (r"{b \over a}", r"\frac{a}{b}")],
+    "equation": [("x=6", "y=6"), ("y=3x", "y=3x+1"), ("2x+y=1", "1"), ("5-n", "5=n"), ("x<2", "x>2"), ("x+y=0", "0"),
+                 ("x-3y+2=0", "3y-x=1"), ("y=2x=1", "y=2x+1"), ("3=x", "2"), ("m+n=7", "m+p=7"), ("n=3k", "3")],
+    "tuple": [("(3,4)", "(4,3)"), ("(3,4)", "3,4"), ("(3,4)", "34"), ("(3,4)", "(3,4,0)"), (r"\{3,4\}", "(3,4)")],
+    "interval": [("[3,4)", "(3,4)"), ("(3,4]", "[3,4)"), (r"(3,\infty)", r"(-\infty,3)"), ("x < 2", "y < 2"),
+                 ("(1,2)", r"(1,2) \cup (3,4)"), (r"x \le 2", r"(-\infty,2)")],
+    "set of reals": [(r"x \neq 4", r"(-\infty,4)\cup(5,\infty)"), ("-x>1", "x<1"), ("-x<-1", "x<1"),
+                     (r"\mathbb{R}\setminus\{-2,4\}", r"\mathbb{R}\setminus\{-2,3\}"), ("|x|>8", r"|x|\ge8")],
+    "list or set": [("3", "3,4"), ("3,4,5", "3,4"), ("3,3,4", "3,4,4"), ("1+2", "1,2"), (r"1\pm\sqrt2", r"1+\sqrt2"),
+                    ("(1,2), (-1,-2)", r"(\pm 1, \mp 2)"), ("3", r"n \in \{1,3\}"), ("B, D", r"\text{B,C}")],
     "matrix": [(r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"),
-               (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&3\\2&4\end{pmatrix}")],
-    "text": [(r"\text{stone}", r"\text{notes}"), ("(B)", "(D)"), (r"\text{odd}", r"\text{even}"),
-             ("Tuesday, Friday", "Friday")],
+               (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&3\\2&4\end{pmatrix}"),
+               (r"\begin{pmatrix}1&2\\3&4&5&6\end{pmatrix}", r"\begin{pmatrix}1&2&3\\4&5&6\end{pmatrix}")],
+    "text": [(r"\text{stone}", r"\text{notes}"), ("(B)", "(D)"), ("day, Friday", "Friday"), ("I and III", "I and II")],
 }
 
 ANSWERS = sorted({gold for pairs in EQUAL.values() for _, gold in pairs})
@@ -1196,10 +1233,6 @@ def test_a_different_answer_is_rejected(pred, gold):
     assert not accepts(pred, gold)
 
 
-def test_only_the_gold_answer_says_how_far_to_round():
-    assert accepts("0.33333", "0.333") and not accepts("0.333", "0.33333")
-
-
 @pytest.mark.parametrize("gold", ANSWERS)
 def test_every_answer_is_equal_to_itself(gold):
     assert accepts(gold, gold) and accepts(f" {gold} .", gold)
@@ -1207,11 +1240,11 @@ def test_every_answer_is_equal_to_itself(gold):
 
 SPELLINGS = {
     "dfrac": lambda text: text.replace(r"\frac", r"\dfrac"),
-    "tfrac": lambda text: text.replace(r"\frac", r"\tfrac"),
     "left and right": lambda text: text.replace("(", r"\left(").replace(")", r"\right)"),
     "white space": lambda text: f"  {text} \n".replace("+", " + ").replace("=", " =\n").replace("/", " / "),
     "negative space": lambda text: r"\!" + text.replace("+", r"\!+\,"),
     "dollars": lambda text: f"${text}$",
+    "display": lambda text: rf"\[ {text} \]",
     "a second box": lambda text: rf"\boxed{{{text}}}",
 }
 
@@ -1225,44 +1258,51 @@ def test_looks_do_not_matter(spelling):
 
 
 @pytest.mark.parametrize("text, content", [
-    (r"\boxed{4}", "4"),
-    (r"First \boxed{4}, then \boxed{ 5 }.", "5"),
-    (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"),
-    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-    (r"\boxed {4} and \fbox{5}", "5"),
-    (r"Write it as \boxed{}: \boxed{4}, not \boxed{ }.", "4"),
-    (r"\boxed{4} and then \boxed{5", "4"),
-    (r"\boxed{4 and then \boxed{5}", "5"),
-    (r"{ \boxed{4} } } \}", "4"),
-    (r"escaped twice: \\boxed{4}", "4"),
-    (r"<think>\boxed{4}</think> \boxed{5}", "5"),
-    (r"<think>\boxed{4}</think> The answer is 4.", "4"),
-    (r"<think>\boxed{4}</think> The answer is \boxed{}.", "4"),
-    (r"\boxed{4", None), (r"\boxed 4", None), (r"\box{4}", None), ("The answer is 4.", None), ("", None),
+    (r"\boxed{4}", "4"), (r"First \boxed{4}, then \boxed{ 5 }.", "5"), (r"\boxed{\frac{1}{x}}", r"\frac{1}{x}"),
+    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed {4} and \fbox{5}", "5"), (r"{ \boxed{4} } } \}", "4"),
+    (r"Write it as \boxed{}: \boxed{4}, not \boxed{ }.", "4"), (r"\boxed{4 and then \boxed{5}", "5"),
+    (r"escaped twice: \\boxed{4}", "4"), (r"<think>\boxed{4}</think> \boxed{5}", "5"),
+    (r"<think>\boxed{4}</think> The answer is 4.", "4"), (r"\boxed{\left\{ 1 \right.}", r"\left\{ 1 \right."),
+    (r"\boxed 7", "7"), (r"\fbox 7", "7"), (r"\boxed 42", "4"), (r"\boxed C.", "C"), (r"\boxed word", None),
+    (r"\boxed{4} and then \boxed{5", None), (r"\boxed{4", None), (r"\box{4}", None), ("4", None), ("", None),
 ])
-def test_the_last_closed_box_is_extracted(text, content):
+def test_the_last_box_is_extracted_and_must_be_closed(text, content):
     assert icrl.extract_answer(text) == content
 
 
-@pytest.mark.parametrize("response", ["4", "The answer is 4.", "<answer>4</answer>", "#### 4", r"\boxed{5} 4",
-                                      r"4 \boxed{4"])
-def test_an_answer_outside_the_box_does_not_count(response):
-    assert not icrl.is_correct(response, "4")
+@pytest.mark.parametrize("response, gold, right", [
+    (r"So \boxed{2} and \boxed{3}.", "3,2", True), (r"$x=\boxed{2}$, $y=\boxed{3}$", "2,3", True),
+    (r"It is \boxed{2}. No: \boxed{3}", "2,3", False), (r"\boxed{2}, no, wait, \boxed{3}", "2,3", False),
+    (r"\boxed{1}, \boxed{2}, \boxed{3}", "2,3", False), (r"\boxed{2} and \boxed{3}", "2", False),
+    (r"\boxed{2} and \boxed{3}", "3", True), (r"\boxed{2,3}", r"\boxed{2} or \boxed{3}", True),
+])
+def test_a_list_may_have_a_box_for_each_item_in_one_sentence(response, gold, right):
+    assert icrl.is_correct(response, gold) is right
+
+
+def test_an_answer_outside_the_box_does_not_count():
+    assert not any(icrl.is_correct(text, "4") for text in ("4", "<answer>4</answer>", r"\boxed{5} 4", r"4 \boxed{4"))
+
+
+def test_what_is_no_text_is_a_wrong_answer_except_for_an_int():
+    assert icrl.is_correct(r"\boxed{4}", 4) and not icrl.is_correct(r"\boxed{5}", 4)
+    for other in (None, 4.0, [4], {}, b"4"):
+        assert not any(icrl.is_correct(*pair) for pair in ((other, "4"), (other, other), (r"\boxed{4}", other)))
 
 
 HOSTILE = {
     "tower": "9^{9^{9^{9}}}", "python tower": "9**9**9**9", "negative tower": "10^{-10^{10}}",
-    "huge exponent": "1e999999999", "tiny exponent": "1e-999999999", "many digits": "9" * 300,
-    "many powers": "9^{999}" * 50, "powers of powers": "((9^{99})^{99})^{99}", "factorial": "(10^9)!",
-    "open braces": "{" * 50_000, "nested braces": "{" * 50_000 + "1" + "}" * 50_000,
+    "huge exponent": "1e999999999", "tiny exponent": "1e-999999999", "digits": "9" * 300, "powers": "9^{9999}" * 45,
+    "powers of powers": "((9^{99})^{99})^{99}", "factorials": "(10^9)!" + "3000!" * 70, "binomials": r"\binom{99}9" * 9,
+    "fractions": "1/7^{9999}+" * 35 + "1", "open braces": "{" * 50_000, "braces": "{" * 50_000 + "1" + "}" * 50_000,
     "open boxes": r"\boxed{" * 50_000, "nested boxes": r"\boxed{" * 20_000 + "1" + "}" * 20_000,
     "nested brackets": "(" * 190 + "1" + ")" * 190, "signs": "-" * 390 + "1",
-    "roots": r"\sqrt" * 75 + "2", "exponents": "2^" * 190 + "2",
-    "labels": "x=" * 190 + "1", "long list": "1," * 150 + "2", "long sum": "1/7+" * 95 + "1",
-    "many plus-minus": r"\pm 1 " * 60,
+    "nested tuples": "(1," * 95 + "2" + ")" * 95, "roots": r"\sqrt" * 75 + "2", "exponents": "2^" * 190 + "2",
+    "over": r"{a \over " * 40, "bars": "|" * 390,
+    "labels": "x=" * 190 + "1", "long list": "1," * 150 + "2", "long sum": "1/7+" * 95 + "1", "texts": r"\text{" * 60,
     "variables": "x" * 390, "words": "and " * 20_000, "surrogate": "\ud800", "surrogate name": "x_{\ud800}",
-    "nul": "\0", "arabic digits": "٤٢٤", "squares": "4²²", "circled": "①", "division by zero": "1/0",
-    "pole": r"\cot 0", "nan": "nan", "infinite": r"\infty-\infty", "lone backslash": "\\", "empty": "{}",
+    "nul": "\0", "arabic digits": "٤٢٤", "squares": "4²²", "circled": "①", "division by zero": "1/0", "pole": r"\cot 0",
+    "nan": "nan", "infinite": r"\infty-\infty", "lone backslash": "\\", "empty": "{}", "plus-minus": r"\pm 1 " * 60,
 }
 
 
@@ -1276,15 +1316,14 @@ def test_hostile_input_is_rejected_quickly(text):
 
 @pytest.mark.parametrize("code", ["__import__('os').mkdir('{}')", "open('{}', 'w')", r"\text{{exec('{}')}}"])
 def test_nothing_is_executed(code, tmp_path):
-    path = tmp_path / "canary"
-    assert not accepts(code.format(path), "0")
-    assert not path.exists()
+    assert not accepts(code.format(tmp_path / "canary"), "0")
+    assert not (tmp_path / "canary").exists()
 
 
 def test_mutated_answers_never_raise_and_are_never_slow():
     rng = random.Random(0)
-    alphabet = [*"0123456789.,;:+-*/^_=<>()[]{}|!'$%&~\\ \n\0eixyπ∞²½\ud800",
-                r"\frac", r"\sqrt", r"\pm", r"\sin", r"\log_", r"\text{", "^{", r"\\"]
+    alphabet = [*"0123456789.,;:+-*/^_=<>()[]{}|!'$%&~\\ \n\0eixyπ∞²½\ud800", r"\frac", r"\sqrt", r"\pm", r"\sin",
+                r"\log_", r"\text{", "^{", r"\\", r"\overline{", r"\binom", r"\lfloor", "ℝ", " cm", "≠", "∈"]
     seconds, accepted = [], 0
     for _ in range(20_000):
         gold = rng.choice(ANSWERS)
@@ -1297,8 +1336,7 @@ def test_mutated_answers_never_raise_and_are_never_slow():
         seconds.append(time.process_time() - start)
         assert isinstance(verdict, bool)
         accepted += verdict
-    assert 0 < accepted < 8_000                               # some changes are harmless, most are not
-    assert max(seconds) < 1 and sorted(seconds)[10_000] < 0.001
+    assert 0 < accepted < 8_000 and max(seconds) < 1          # some changes are harmless, most are not
 
 
 # ------------------------------------------------------------------------------------------------------ command line
