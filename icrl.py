@@ -59,7 +59,7 @@ class Config:
     model: str = HfArg(default=f"{HERE}/math_data/arithmetic/model", help="Hugging Face model: a name or a folder")
     data: str = HfArg(default=f"{HERE}/math_data/arithmetic/train.jsonl", help="training problems (JSONL)")
     heldout: str = HfArg(default=f"{HERE}/math_data/arithmetic/heldout.jsonl", help="evaluation problems (JSONL)")
-    device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    device: Literal["cuda", "cpu", "mps"] = HfArg(default="cuda" if torch.cuda.is_available() else "cpu")
     seed: int = HfArg(default=0, help="seed of all random draws")
     # sessions
     method: Literal["icrl", "grpo"] = HfArg(default="icrl", help="grpo: one attempt per session and no critic")
@@ -263,7 +263,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, chunk=16)
     # would not be the policy that is scored. So that config is replaced, also in the model that is saved.
     how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
     model.generation_config = GenerationConfig(**how, eos_token_id=sorted(stops), pad_token_id=pad)
-    model.eval()                                              # in training mode, checkpointing would disable the cache
+    model.eval()
     cache, live, completions = DynamicCache(config=model.config), list(range(len(prompts))), [[]] * len(prompts)
     while live:
         tokens_left = width + max_new_tokens - ids.shape[1]
@@ -346,7 +346,7 @@ def generate_turns(model, tokenizer, part, sessions, chats, config):
     """
     prompts = [encode_chat(tokenizer, chat) for chat in chats]
     limit = config.max_critique if part == "critique" else config.max_response
-    rows = config.sample_batch or rows_that_fit(model, max(map(len, prompts)) + limit)
+    rows = config.sample_batch or rows_that_fit(model, max(map(len, prompts), default=0) + limit)
     completions, truncated = [], []
     while len(completions) < len(prompts):
         batch = prompts[len(completions):len(completions) + rows]
@@ -375,8 +375,6 @@ def rollout(model, tokenizer, problems, config, critic=None, gated=True):
     for number in range(1 if config.method == "grpo" else config.rounds):
         # The sessions that go on: not begun, not solved, or (with gated=False) all.
         live = [s for s, turns in enumerate(sessions) if not turns or turns[-1].reward != 1.0 or not gated]
-        if not live:
-            break
         part, critiques = ("first" if number == 0 else "revision"), [None] * len(live)
         if part == "revision":
             chats = [critic_messages(problem_of[s]["problem"], sessions[s][-1].text) for s in live]
@@ -592,10 +590,13 @@ def save(run, model, tokenizer, optimizer, state):
 
     A crash leaves the old checkpoint as it was.
     """
-    model.save_pretrained(run / "model")
-    tokenizer.save_pretrained(run / "model")
     weights = [weight.detach() for weight in optimizer.param_groups[0]["params"]]      # float32, with --bf16 too
-    torch.save({"weights": weights, "optimizer": optimizer.state_dict(), "state": state}, run / "unfinished.pt")
+    try:
+        model.save_pretrained(run / "model")
+        tokenizer.save_pretrained(run / "model")
+        torch.save({"weights": weights, "optimizer": optimizer.state_dict(), "state": state}, run / "unfinished.pt")
+    except Exception as error:                      # torch and safetensors have their own errors for a full disk
+        raise UsageError(f"cannot save a checkpoint in {run} (is the disk full?): {error}") from error
     (run / "unfinished.pt").replace(run / "checkpoint.pt")
 
 
@@ -696,9 +697,8 @@ def evaluate(model, tokenizer, problems, config, log=None, critic=None):
     first, second, by_problem = rewards[0], rewards[1], rewards[0].reshape(len(problems), -1)
     low, high = interval(by_problem.mean(1))
     # With k = 1, pass@k is pass@1: the same key and the same value.
-    figures = {"pass@1": mean(first), "95% from": low, "95% to": high}
-    figures |= {f"pass@{config.samples}": mean(by_problem.max(1)), "put right": mean(second[first < 1] == 1),
-                "put wrong": mean(second[first == 1] < 1)}
+    figures = {f"pass@{config.samples}": mean(by_problem.max(1)), "pass@1": mean(first), "95% from": low, "95% to": high,
+               "put right": mean(second[first < 1] == 1), "put wrong": mean(second[first == 1] < 1)}
     kinds = np.array([str(problems[t.query].get("kind", "")) for t in turns if t.part == "first"])
     by_kind = {f"pass@1 {kind}": mean(first[kinds == kind]) for kind in sorted({*kinds} - {""})}
     for round_number in range(1, config.rounds):    # a right attempt would end the session, so it stays right

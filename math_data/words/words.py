@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-r"""Make words_train.jsonl and words_heldout.jsonl: word problems of our own, on five levels, with exact answers.
+r"""Make train.jsonl and heldout.jsonl: word problems of our own, on five levels, with exact answers.
 
-    python math_data/words.py                   # one second; the same bytes every time
+    python math_data/words/words.py                 # one second; the same bytes every time
 
 A template is a function. Its docstring holds the wordings, each behind a dash; a parameter's default says what may be
 drawn for it; it returns the answer, or the answer and the other things that the wordings show, or None where a draw
@@ -592,8 +592,8 @@ def main():
     for name, rows in files.items():
         random.Random(0).shuffle(rows)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (HERE / f"words_{name}.jsonl").write_bytes(lines.encode())
-        print(len(rows), "problems in", f"words_{name}.jsonl")
+        (HERE / f"{name}.jsonl").write_bytes(lines.encode())
+        print(len(rows), "problems in", f"{name}.jsonl")
 
 
 if __name__ == "__main__":
