@@ -1116,7 +1116,7 @@ def main(argv=None):
     columns = [state[when] for when in ("before", "after") if when in state]
     for name in columns[0]:
         cells = ["-" if figures[name] is None else f"{figures[name]:.3g}" for figures in columns]
-        print(f"{name:24}", *(f"{cell:>8}" for cell in cells))
+        print(f"{name:32}", *(f"{cell:>8}" for cell in cells))
     print(f"{state['tokens']:,} tokens sampled in {state['step']} steps; the run is in {config.out}")
     return 0
 

@@ -934,7 +934,7 @@ def test_a_full_disk_costs_no_checkpoint(size, short_run, undisturbed, monkeypat
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     with monkeypatch.context() as patch:
         before_update(patch, 3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1])))
-        with pytest.raises(Exception):
+        with pytest.raises(icrl.UsageError, match="is the disk full"):
             icrl.train(short_run)
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert torch.load(Path(short_run.out, "checkpoint.pt"))["state"]["step"] == 2

@@ -347,8 +347,18 @@ def read_runs(path):
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
             arm, seed = row.pop("arm"), int(row.pop("seed"))
-            runs[arm][seed].append({name: float(value or "nan") for name, value in row.items()})
+            row = {name: float(value or "nan") for name, value in row.items()}
+            runs[arm][seed].append(by_sort(row) | row)
     return runs
+
+
+def by_sort(row):
+    """Accuracy by sort of help: the mean over the kinds that begin with the same word, as in "value: sum times"."""
+    sorts = defaultdict(list)
+    for name, value in row.items():
+        if name.startswith("pass@1 ") and ": " in name:
+            sorts[name.partition(": ")[0]].append(value)
+    return {sort: float(np.mean(values)) for sort, values in sorts.items()}
 
 
 def spent_until(rows, name, target=TARGET):
@@ -392,19 +402,20 @@ def print_tables(path):
 
 
 def print_comparisons(path):
-    """Print the accuracy without critique of each arm, minus that of its reference, paired by seed."""
+    """Print the accuracy without critique of each arm, minus that of its reference, paired by seed; also by sort."""
     runs, differences = read_runs(path), {}
+    names = ["pass@1", *by_sort(next(iter(next(iter(runs.values())).values()))[-1])]
     for arm, of_arm in runs.items():
         reference = runs.get(ARMS[arm].reference, {})
         pairs = [(rows[-1], reference[seed][-1]) for seed, rows in of_arm.items() if seed in reference]
         if pairs and arm != ARMS[arm].reference:
-            differences[arm] = np.array([row["pass@1"] - of_reference["pass@1"] for row, of_reference in pairs])
-    tested = [arm for arm in PRIMARY if len(differences.get(arm, [])) > 1]
-    p = dict(zip(tested, holm([sign_flip(differences[arm]) for arm in tested])))
-    print("\n| arm | minus | pairs | pass@1 | p |\n|---|---|---|---|---|")
+            differences[arm] = {name: np.array([row[name] - other[name] for row, other in pairs]) for name in names}
+    tested = [arm for arm in PRIMARY if arm in differences and len(differences[arm]["pass@1"]) > 1]
+    p = dict(zip(tested, holm([sign_flip(differences[arm]["pass@1"]) for arm in tested])))
+    print(f"\n| arm | minus | pairs | {' | '.join(names)} | p of pass@1 |\n|{'---|' * (len(names) + 4)}")
     for arm, values in differences.items():
-        p_text = f"{p[arm]:.4f}" if arm in p else ""
-        print(f"| {arm} | {ARMS[arm].reference} | {len(values)} | {cell(values, sign='+')} | {p_text} |")
+        cells = [cell(values[name], sign="+") for name in names] + [f"{p[arm]:.4f}" if arm in p else ""]
+        print(f"| {arm} | {ARMS[arm].reference} | {len(values['pass@1'])} | {' | '.join(cells)} |")
     print(f"\np: sign-flip test, Holm-corrected for {len(tested)} comparisons. ±: half the 95% interval over runs.")
 
 
@@ -412,11 +423,12 @@ def print_comparisons(path):
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 
 
-def draw(paths, arms, image):
-    """Draw accuracy without critique against sampled tokens, with 95% intervals over runs. A panel for each CSV."""
+def draw(paths, columns, arms, image):
+    """Draw columns of CSVs against sampled tokens, a panel for each, with 95% intervals over runs."""
     from matplotlib import pyplot
-    figure, panels = pyplot.subplots(1, len(paths), figsize=(6 * len(paths), 4), sharey=True, squeeze=False)
-    for panel, path in zip(panels[0], paths):
+    places = list(itertools.product(paths, columns))
+    figure, panels = pyplot.subplots(1, len(places), figsize=(6 * len(places), 4), sharey=True, squeeze=False)
+    for panel, (path, column) in zip(panels[0], places):
         runs = read_runs(path)
         for number, arm in enumerate(arms):                   # an arm has the same colour in each panel
             if arm not in runs:
@@ -426,16 +438,18 @@ def draw(paths, arms, image):
             for rows in runs[arm].values():
                 tokens = np.array([row["tokens"] for row in rows])
                 x.append(shares * tokens[-1] / 1000)
-                y.append(np.interp(shares, tokens / tokens[-1], [row["pass@1"] for row in rows]))
+                y.append(np.interp(shares, tokens / tokens[-1], [row[column] for row in rows]))
             x, mean, half = np.mean(x, 0), np.mean(y, 0), np.array([half_width(values) for values in np.transpose(y)])
             style = dict(color=COLOURS[number % len(COLOURS)], linestyle=["-", "--", ":"][number // len(COLOURS)])
             panel.plot(x, mean, linewidth=2.2, label=f"{ARMS[arm].label} ({len(y)} runs)", **style)
             panel.fill_between(x, mean - half, mean + half, color=style["color"], alpha=0.18, linewidth=0)
-        panel.set(title=path.stem if len(paths) > 1 else "", xlim=(0, None), ylim=(0, 1),
+        title = " ".join([path.stem] * (len(paths) > 1) + [column] * (len(columns) > 1))
+        panel.set(title=title.replace("pass@1 ", "kinds: "), xlim=(0, None), ylim=(0, 1),
                   xlabel="thousand tokens sampled in training")
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)
-        panel.legend(frameon=False, title="mean, and its 95% interval", alignment="left")
+    panels[0, -1].legend(frameon=False, title="mean, and its 95% interval", alignment="left", loc="upper left",
+                         bbox_to_anchor=(1, 1))
     panels[0, 0].set_ylabel("held-out accuracy without critique")
     figure.savefig(image, dpi=150, bbox_inches="tight")
     print(f"\nthe figure is in {image}")
@@ -456,6 +470,7 @@ def main(argv=None):
     command = commands.add_parser("report", help="print tables and draw a figure")
     command.add_argument("csv", nargs="+", type=Path)
     command.add_argument("--figure", help="draw into this file")
+    command.add_argument("--columns", nargs="+", default=["pass@1"], help='to draw, such as "pass@1 method"')
     command.add_argument("--arms", nargs="+", choices=ARMS, default=three, metavar="ARM", help="arms in the figure")
     options, flags = parser.parse_known_args(argv)
     if options.command == "report" and flags:
@@ -470,7 +485,7 @@ def main(argv=None):
                 print_tables(path)
                 print_comparisons(path)
             if options.figure:
-                draw(options.csv, options.arms, options.figure)
+                draw(options.csv, options.columns, options.arms, options.figure)
     except (icrl.UsageError, OSError) as error:
         print(f"compare.py: {error}", file=sys.stderr)
         return 2
