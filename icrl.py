@@ -354,7 +354,7 @@ def generate_turns(model, tokenizer, part, sessions, chats, config):
             more = sample(model, tokenizer, batch, limit, config.temperature)
             completions, truncated = completions + more[0], truncated + more[1]
         except torch.OutOfMemoryError:
-            rows = len(batch) // 2                            # other random draws, but the run goes on
+            config.sample_batch = rows = len(batch) // 2      # from now on; other random draws, but the run goes on
             if rows == 0:
                 raise
             tqdm.write(f"out of memory while sampling {len(batch)} rows; going on with {rows} at a time")
@@ -604,14 +604,14 @@ def restore(run, model, optimizer):
     """Load the weights and the optimiser's state from run/checkpoint.pt. Returns the state of the run."""
     try:
         saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+        # The settings of AdamW, such as --lr, are those of this run. Only its moments come from the checkpoint.
+        optimizer.load_state_dict({**saved["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})
+        targets = [*model.parameters(), *optimizer.param_groups[0]["params"]]          # the same without --bf16
+        for target, tensor in zip(targets, saved["weights"] * 2, strict=True):
+            target.data.copy_(tensor)
+        return saved["state"]
     except Exception as error:                      # a damaged file can raise anything
-        raise UsageError(f"{run / 'checkpoint.pt'} is damaged: {error}") from error
-    # The settings of AdamW, such as --lr, are those of this run. Only its moments come from the checkpoint.
-    optimizer.load_state_dict({**saved["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})
-    for weight, master, tensor in zip(model.parameters(), optimizer.param_groups[0]["params"], saved["weights"]):
-        master.data.copy_(tensor)
-        weight.data.copy_(tensor)
-    return saved["state"]
+        raise UsageError(f"{run / 'checkpoint.pt'} is damaged, or of another model: {error}") from error
 
 
 def train(config):
@@ -694,10 +694,10 @@ def evaluate(model, tokenizer, problems, config, log=None, critic=None):
             log_sessions(file, turns, problems, None)
     # With gated=False each session has exactly K attempts: (K, sessions).
     rewards = np.array([t.reward for t in turns if t.part != "critique"]).reshape(-1, config.rounds).T
-    first, second, by_problem = rewards[0], rewards[1], rewards[0].reshape(len(problems), -1)
-    low, high = interval(by_problem.mean(1))
+    first, second, by_query = rewards[0], rewards[1], rewards[0].reshape(len(problems), -1)
+    low, high = interval(by_query.mean(1))
     # With k = 1, pass@k is pass@1: the same key and the same value.
-    figures = {f"pass@{config.samples}": mean(by_problem.max(1)), "pass@1": mean(first), "95% from": low, "95% to": high,
+    figures = {f"pass@{config.samples}": mean(by_query.max(1)), "pass@1": mean(first), "95% from": low, "95% to": high,
                "put right": mean(second[first < 1] == 1), "put wrong": mean(second[first == 1] < 1)}
     kinds = np.array([str(problems[t.query].get("kind", "")) for t in turns if t.part == "first"])
     by_kind = {f"pass@1 {kind}": mean(first[kinds == kind]) for kind in sorted({*kinds} - {""})}
@@ -712,7 +712,7 @@ def evaluate(model, tokenizer, problems, config, log=None, critic=None):
 
 def problem_and_answer(row):
     """The problem and its answer, two strings, in a row of a data file. Raises ValueError if it has none."""
-    row = {k.lower(): value for k, value in {**row, **row.get("reward_model", {})}.items() if value not in (None, "")}
+    row = {k.lower(): v for k, v in {**row, **(row.get("reward_model") or {})}.items() if v not in (None, "")}
     problem = row.get("problem", row.get("question", row.get("prompt", "")))
     problem = problem[-1]["content"] if isinstance(problem, list) else problem         # of a chat: the last turn
     answers = row.get("answer", row.get("final_answer", row.get("solution", row.get("ground_truth", ""))))
@@ -1098,7 +1098,7 @@ def parse(argv=None):
     if given.resume:
         parser.set_defaults(**json.loads((Path(given.resume) / "config.json").read_text()))
     config = Config(**vars(parser.parse_args(argv)))
-    config.out = config.resume or config.out or time.strftime("runs/%Y%m%d-%H%M%S")
+    config.out = config.resume or config.out or time.strftime(f"runs/%Y%m%d-%H%M%S-{config.method}-{config.seed}")
     return config
 
 
@@ -1110,12 +1110,12 @@ def main(argv=None):
     try:
         config = parse(argv)
         state = train(config)
-    except (UsageError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+    except (UsageError, OSError, json.JSONDecodeError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         print(f"icrl.py: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 2
     columns = [state[when] for when in ("before", "after") if when in state]
     for name in columns[0]:
-        cells = ["-" if figures[name] is None else f"{figures[name]:.3g}" for figures in columns]
+        cells = ["-" if figures.get(name) is None else f"{figures[name]:.3g}" for figures in columns]
         print(f"{name:32}", *(f"{cell:>8}" for cell in cells))
     print(f"{state['tokens']:,} tokens sampled in {state['step']} steps; the run is in {config.out}")
     return 0
