@@ -286,7 +286,7 @@ def update_steps(model, config, prompts, micro, padded):
             mask = torch.arange(longest) < torch.tensor([[len(t.completion)] for t in part])
             J = icrl.icrl_objective(logp, logp, advantages[numbers], torch.ones_like(logp), mask)
             (-J * len(part) / len(turns)).backward()
-        icrl.optimizer_step(model, optimizer, config.grad_clip)
+        icrl.optimizer_step(model, optimizer)
 
     for _ in range(config.steps):
         began = time.process_time()
