@@ -402,7 +402,9 @@ def make_optimizer(model, config):
     """
     weights = list(model.parameters())
     if config.bf16:
-        weights = [torch.nn.Parameter(w.detach().to("cpu", torch.float32, copy=True)) for w in weights]
+        copies = (w.detach().to("cpu", torch.float32, copy=True) for w in weights)
+        # A GPU reads pinned memory faster, and while this program goes on.
+        weights = [torch.nn.Parameter(w.pin_memory() if config.device == "cuda" else w) for w in copies]
         for w in model.parameters():                # only the weights: the buffers of RoPE need all their bits
             w.data = w.data.to(torch.bfloat16)
             w.grad_dtype = torch.float32            # the gradients of micro-batches are added up in float32
@@ -426,7 +428,7 @@ def optimizer_step(model, optimizer, grad_clip=1.0):
             master.grad = None if weight.grad is None else weight.grad.to(master)
         optimizer.step()
         for weight, master in pairs:
-            weight.data.copy_(master.data)
+            weight.data.copy_(master.data, non_blocking=weight.is_cuda)
             master.grad = None
     model.zero_grad()
     return norm
@@ -570,19 +572,20 @@ def rollout_stats(turns):
             for part in ("first", "critique", "revision") for name, measure in MEASURES.items()}
 
 
-def log_sessions(file, turns, problems, step):
-    """Write each turn as a line of JSON."""
-    for t in turns:
-        print(json.dumps({"step": step, "problem": problems[t.query]["problem"], "session": t.session, "part": t.part,
-                          "text": t.text, "reward": t.reward, "truncated": t.truncated}), file=file, flush=True)
+def session_lines(turns, problems, step):
+    """The turns as text: a line of JSON for each."""
+    return "".join(json.dumps({
+        "step": step, "problem": problems[t.query]["problem"], "session": t.session, "part": t.part, "text": t.text,
+        "reward": t.reward, "truncated": t.truncated}) + "\n" for t in turns)
 
 
-def show_session(title, turns, problems):
-    """Print the first session that holds a critique, or else the first session, below a title."""
-    number = next((t.session for t in turns if t.part == "critique"), 0)
-    session = [t for t in turns if t.session == number]
-    lines = [f"  {t.part:9} {t.text.strip()}  -> reward {t.reward:g}" for t in session]
-    tqdm.write("\n".join([title, f"  problem   {problems[session[0].query]['problem']}", *lines]))
+def show_sessions(turns, problems):
+    """Print one session for each kind of problem: one in which a critique helped, if there is one."""
+    best_last = sorted(turns, key=lambda t: (t.part == "critique", t.reward))
+    chosen = {problems[t.query].get("kind"): t.session for t in best_last}             # the last one of each kind
+    for t in (t for t in turns if t.session in chosen.values()):
+        problem = f"\n  problem   {problems[t.query]['problem']}\n" if t.part == "first" else ""
+        tqdm.write(f"{problem}  {t.part:9} {t.text.strip()}  -> reward {t.reward:g}")
 
 
 def save(run, model, tokenizer, optimizer, state):
@@ -635,14 +638,12 @@ def train(config):
     state = restore(run, model, optimizer) if (run / "checkpoint.pt").exists() else dict(step=0, tokens=0, bytes=(0, 0))
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
-    more = (config.method == "icrl") * (config.rounds - 1) * (config.max_response + config.max_critique)
-    print(f"{run}: a step samples up to {config.queries * config.samples * (config.max_response + more):,} tokens")
     if "before" not in state:
         state["before"] = evaluate(model, tokenizer, heldout, config, run / "heldout-0.jsonl")
     with open(run / "metrics.jsonl", "a") as metrics, open(run / "sessions.jsonl", "a") as sessions:
         for file, size in zip((metrics, sessions), state["bytes"]):
             file.truncate(min(size, file.tell()))   # a resumed run repeats what came after its checkpoint
-        bar = tqdm(range(state["step"] + 1, config.steps + 1), initial=state["step"], total=config.steps)
+        bar = tqdm(range(state["step"] + 1, config.steps + 1), desc=str(run), total=config.steps, initial=state["step"])
         for step in bar:
             # Each step has its own seed. So a resumed run needs no saved random state, and an evaluation between two
             # steps changes nothing. (The factor is a prime, larger than any number of steps.)
@@ -655,9 +656,10 @@ def train(config):
             if step == config.steps or config.eval_every and step % config.eval_every == 0:
                 state["after"] = evaluate(model, tokenizer, heldout, config, run / f"heldout-{step}.jsonl")
                 row["heldout"] = state["after"]
-                show_session(f"step {step}: accuracy {row['heldout']['pass@1']:.2f}; a training session:", turns, batch)
+                tqdm.write(f"step {step}: accuracy {row['heldout']['pass@1']:.2f}; training sessions of this step:")
+                show_sessions(turns, batch)
             print(json.dumps(row), file=metrics, flush=True)
-            log_sessions(sessions, turns, batch, step)
+            sessions.write(session_lines(turns, batch, step))
             state |= {"step": step, "tokens": tokens, "bytes": (metrics.tell(), sessions.tell())}
             if step == config.steps or config.save_every and step % config.save_every == 0:
                 save(run, model, tokenizer, optimizer, state)
@@ -690,8 +692,7 @@ def evaluate(model, tokenizer, problems, config, log=None, critic=None):
         torch.manual_seed(config.seed)
         turns = rollout(model, tokenizer, problems, config, critic, gated=False)
     if log:
-        with open(log, "w") as file:
-            log_sessions(file, turns, problems, None)
+        log.write_text(session_lines(turns, problems, None))
     # With gated=False each session has exactly K attempts: (K, sessions).
     rewards = np.array([t.reward for t in turns if t.part != "critique"]).reshape(-1, config.rounds).T
     first, second, by_query = rewards[0], rewards[1], rewards[0].reshape(len(problems), -1)

@@ -157,7 +157,7 @@ ARMS = {
                           {"icrl_objective": gspo_objective}, reference="icrl_two_steps"),
 }
 PRIMARY = ["grpo_tokens", "w_one", "frozen", "w_shaped"]      # only these get a p: they were planned before the runs
-TARGET = 0.8                        # the report says how many tokens and seconds a run takes to reach this accuracy
+TARGET = 0.6                        # the report says how many tokens and seconds a run takes to reach this accuracy
 
 
 def replaced(functions):
@@ -347,18 +347,8 @@ def read_runs(path):
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
             arm, seed = row.pop("arm"), int(row.pop("seed"))
-            row = {name: float(value or "nan") for name, value in row.items()}
-            runs[arm][seed].append(by_sort(row) | row)
+            runs[arm][seed].append({name: float(value or "nan") for name, value in row.items()})
     return runs
-
-
-def by_sort(row):
-    """Accuracy by sort of help: the mean over the kinds that begin with the same word, as in "value: sum times"."""
-    sorts = defaultdict(list)
-    for name, value in row.items():
-        if name.startswith("pass@1 ") and ": " in name:
-            sorts[name.partition(": ")[0]].append(value)
-    return {sort: float(np.mean(values)) for sort, values in sorts.items()}
 
 
 def spent_until(rows, name, target=TARGET):
@@ -402,9 +392,9 @@ def print_tables(path):
 
 
 def print_comparisons(path):
-    """Print the accuracy without critique of each arm, minus that of its reference, paired by seed; also by sort."""
+    """Print the accuracy without critique of each arm, minus that of its reference, paired by seed; also by kind."""
     runs, differences = read_runs(path), {}
-    names = ["pass@1", *by_sort(next(iter(next(iter(runs.values())).values()))[-1])]
+    names = [name for name in next(iter(next(iter(runs.values())).values()))[-1] if name.split(" ")[0] == "pass@1"]
     for arm, of_arm in runs.items():
         reference = runs.get(ARMS[arm].reference, {})
         pairs = [(rows[-1], reference[seed][-1]) for seed, rows in of_arm.items() if seed in reference]

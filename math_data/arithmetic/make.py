@@ -152,17 +152,21 @@ def make_tokenizer():
     return tokenizer
 
 
+def sort(problem):
+    """The sort of help for a problem: "method" or "value". In the files this is its kind."""
+    return problem["kind"].split(":")[0]
+
+
 def lesson(rng, problems):
     """One supervised example, as (messages, completion): what the base model is to do in one of its two roles.
 
     problems: a dict with the list of problems of each kind.
     """
     problem = rng.choice(problems[rng.choice(list(problems))])
-    sort = problem["kind"].split(":")[0]
-    care = CARE[sort]
+    care = CARE[sort(problem)]
     unaided = problem[rng.choices(["habit", "slip", "unfinished", "right"],
                                   [1 - care, care * (1 - care), care ** 2 * (1 - care), care ** 3])[0]]
-    if unaided == problem["habit"] and sort == "value" and rng.random() < GUESS:
+    if unaided == problem["habit"] and sort(problem) == "value" and rng.random() < GUESS:
         unaided = problem["guess"]
     # The shares of roles, critiques and attempts were chosen so that each sort is seen often enough to be learnt.
     role = rng.choices(["solve", "revise", "criticise"], [2, 5, 3])[0]
@@ -174,7 +178,7 @@ def lesson(rng, problems):
         useless = rng.choice([remedy for remedy in REMEDIES if remedy != problem["help"]] + 4 * ["Try again."])
         return icrl.solver_messages(problem["problem"], useless), unaided
     attempt = problem[rng.choices(["habit", "slip", "unfinished", "right"], [6, 2, 1, 1])[0]]
-    helps = rng.random() < CRITIC[sort]
+    helps = rng.random() < CRITIC[sort(problem)]
     critique = problem["help"] if helps else rng.choice([remedy for remedy in REMEDIES if remedy != problem["help"]])
     return icrl.critic_messages(problem["problem"], attempt), f"<critique>{critique}</critique>"
 
@@ -218,7 +222,7 @@ def main():
     train, heldout, rest = split(rng)
     out.mkdir(exist_ok=True)
     for name, problems in (("train", train), ("heldout", heldout)):
-        rows = [json.dumps({key: p[key] for key in ("problem", "answer", "kind")}) for p in problems]
+        rows = [json.dumps({"problem": p["problem"], "answer": p["answer"], "kind": sort(p)}) for p in problems]
         rng.shuffle(rows)
         (out / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
     tokenizer = make_tokenizer()
