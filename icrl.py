@@ -4,16 +4,16 @@
 
 One model plays two roles. Only the prompt tells them apart. The solver attempts a problem q. If the attempt fails, the
 critic (the same weights) writes a critique c of it. The solver then tries again with c in its prompt. This second
-attempt y is called a revision. One policy-gradient step then trains both roles. (The numbers are those of the paper.)
+attempt y is called a revision. One policy-gradient step then trains both roles. Equations are numbered as in the paper.
 
     Eq. 3   A critique earns 1 if the revision is right. Otherwise it earns what the revision gained over the attempt.
     Eq. 4   A revision is trained as if the solver had seen q alone. Each of its tokens y_t has the weight
-            w_t = pi_old(y_t | q, y_<t) / pi_old(y_t | q, c, y_<t), at most 2. A token that only c made likely counts
+            w_t = pi_old(y_t | q, y_<t) / pi_old(y_t | q, c, y_<t), at most 2. If only c made a token likely, it counts
             little. pi_old is the model that sampled.
     Eq. 5   An advantage A is a reward, normalised among the outputs of the same role on the same problem.
     Eq. 6   J = mean of w_t min(rho_t A, clip(rho_t) A). Here rho_t = pi / pi_old, both without c in the prompt.
 
-With --method grpo there is no critic. What is left is GRPO without a KL term, so you can read ICRL as the difference.
+With --method grpo there is no critic. What is left is GRPO without a KL term.
 
     python icrl.py                                                     trains the small model that comes with this file
     python icrl.py --preset qwen3 --data train.jsonl --heldout test.jsonl             trains Qwen3-4B on your problems
@@ -55,7 +55,7 @@ class Config:
     """All settings of a run. Each field is also a command-line flag."""
     preset: Literal["tiny", "qwen3"] = HfArg(default="tiny", help="defaults for the small model, or for Qwen3")
     resume: str = HfArg(default="", help="continue the run in this folder; its settings are the defaults")
-    out: str = HfArg(default="", help="folder of the run; empty: a new folder in runs/")
+    out: str = HfArg(default="", help="folder of the run; empty: a new folder in runs/; not for --resume")
     model: str = HfArg(default=f"{HERE}/math_data/arithmetic/model", help="Hugging Face model: a name or a folder")
     data: str = HfArg(default=f"{HERE}/math_data/arithmetic/train.jsonl", help="training problems (JSONL)")
     heldout: str = HfArg(default=f"{HERE}/math_data/arithmetic/heldout.jsonl", help="evaluation problems (JSONL)")
@@ -71,12 +71,12 @@ class Config:
     temperature: float = HfArg(default=1.0, help="used for sampling and for every log-prob")
     # update
     steps: int = HfArg(default=50, help="training steps; 0: only evaluate --model on --heldout")
-    inner_steps: int = HfArg(default=1, help="optimiser steps per rollout; in the first, rho is 1")
+    inner_steps: int = HfArg(default=1, help="optimiser steps per rollout; with 1, nothing is clipped")
     lr: float = HfArg(default=3e-4, help="learning rate (constant)")
     # memory
     sample_batch: int = HfArg(default=0, help="completions sampled at a time; 0: as many as fit (on a CPU, 256)")
     micro_tokens: int = HfArg(default=1024, help="tokens per forward pass of the update")
-    bf16: bool = HfArg(default=False, help="compute in bfloat16; keep float32 weights and AdamW in the host's memory")
+    bf16: bool = HfArg(default=False, help="compute in bfloat16; keep float32 weights and AdamW in CPU memory")
     checkpointing: bool = HfArg(default=False, help="recompute activations in the backward pass to save memory")
     # evaluation
     eval_every: int = HfArg(default=25, help="steps between evaluations; 0: only before and after training")
@@ -85,8 +85,8 @@ class Config:
     save_every: int = HfArg(default=10, help="steps between checkpoints; 0: only at the end")
 
 
-# Paper: these are its settings, except for the lengths (2048 and 1024 there) and the steps (300 there). They fit in one
-# night. What is not named here is as in Config.
+# Paper: these are its settings, except for the lengths (2048 and 1024 there) and the steps (300 there). With the values
+# here, a run takes one night. What is not named here is as in Config.
 PRESETS = {"tiny": {}, "qwen3": dict(
     model="Qwen/Qwen3-4B-Instruct-2507", lr=1e-6, steps=100, max_response=1024, max_critique=512, bf16=True,
     checkpointing=True, micro_tokens=4096, eval_every=20, eval_problems=128)}
@@ -97,9 +97,13 @@ def check(config):
     """Raise UsageError for settings that are out of range, or with which nothing could be learnt."""
     for name, value in vars(config).items():
         if type(value) in (int, float) and not (0 <= value <= 2**32 and (value > 0 or name in MAY_BE_0)):
-            raise UsageError(f"--{name} cannot be {value}: it must be positive{' or 0' * (name in MAY_BE_0)}")
+            raise UsageError(f"--{name} {value} is out of range: it must be positive{' or 0' * (name in MAY_BE_0)}")
     if config.steps and (config.samples == 1 or config.method == "icrl" and config.rounds == 1):
         raise UsageError("training needs --samples 2 or more and, with a critic, --rounds 2 or more")
+    if config.steps and (config.data == Config.data) != (config.heldout == Config.heldout):
+        raise UsageError("--data and --heldout belong together: give both, or none for the problems of this project")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch finds no GPU; leave this flag out, or install torch with CUDA")
 
 
 # ----------------------------------------------------------------------------------------------------- the equations
@@ -126,7 +130,7 @@ def role_advantages(rewards, groups, delta=1e-6):
     """Eq. 5: A_i = (r_i - mean) / (std + delta), with the mean and std of the group that i belongs to.
 
     rewards: B floats. groups: B keys, for ICRL (problem, role). Returns (B,) float32.
-    Paper: the kind of std is left open; here it is the unbiased one. A group of one, or of equal rewards, gives exactly
+    Paper: the kind of std is left open; here it divides by n - 1. A group of one, or of equal rewards, gives exactly
     0. Without this rule rounding noise, divided by delta, would look like a signal.
     """
     rewards = torch.as_tensor(rewards, dtype=torch.float32)
@@ -193,13 +197,12 @@ def encode_chat(tokenizer, messages):
     is removed from it first: it could end the turn. Removing one can put another together, hence the loop. A model that
     can switch its thinking off, such as Qwen3, does so.
     """
-    control = [token.content for token in tokenizer.added_tokens_decoder.values()
-               if token.special or (token.content.strip() and token.content in tokenizer.get_chat_template())]
+    control = "|".join(re.escape(token.content) for token in tokenizer.added_tokens_decoder.values()
+                       if token.special or (token.content.strip() and token.content in tokenizer.get_chat_template()))
 
     def clean(text):
-        while any(token in text for token in control):
-            for token in control:
-                text = text.replace(token, "")
+        while control and re.search(control, text):
+            text = re.sub(control, "", text)
         return text
 
     messages = [{**message, "content": clean(message["content"])} for message in messages]
@@ -233,7 +236,7 @@ def rows_that_fit(model, tokens):
     """How many rows of `tokens` tokens can be sampled at once: as many as fill 70% of the free memory of the GPU.
 
     A row needs its key-value cache (Qwen3-4B in bfloat16: 147,456 bytes a token) and about four copies of its logits
-    in float32. On a CPU, memory is not asked for: 256 rows.
+    in float32. On other devices it is always 256.
     """
     if model.device.type != "cuda":
         return 256
@@ -259,7 +262,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, chunk=16)
     pad, width = min(stops), max(map(len, prompts))           # padding is masked, so any id will do
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)      # (B, width)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    # `generate` follows the generation config of the checkpoint (Qwen3: top_k 20, top_p 0.95). The policy that samples
+    # `generate` follows the generation config of the checkpoint (Qwen3: top_k 20). The policy that samples
     # would not be the policy that is scored. So that config is replaced, also in the model that is saved.
     how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
     model.generation_config = GenerationConfig(**how, eos_token_id=sorted(stops), pad_token_id=pad)
@@ -330,7 +333,7 @@ class Turn:
 
     @property
     def group(self):
-        """The group of Eq. 5. Revisions are compared with first attempts, because both train pi(. | q)."""
+        """The group of Eq. 5. Revisions are compared with first attempts, because both are trained under q alone."""
         return (self.query, "critic" if self.part == "critique" else "solver")
 
 
@@ -347,21 +350,20 @@ def generate_turns(model, tokenizer, part, sessions, chats, config):
     prompts = [encode_chat(tokenizer, chat) for chat in chats]
     limit = config.max_critique if part == "critique" else config.max_response
     rows = config.sample_batch or rows_that_fit(model, max(map(len, prompts), default=0) + limit)
-    completions, truncated = [], []
-    while len(completions) < len(prompts):
-        batch = prompts[len(completions):len(completions) + rows]
+    sampled = []                                              # pairs: a completion, and whether it is truncated
+    while len(sampled) < len(prompts):
+        batch = prompts[len(sampled):len(sampled) + rows]
         try:
-            more = sample(model, tokenizer, batch, limit, config.temperature)
-            completions, truncated = completions + more[0], truncated + more[1]
+            sampled += zip(*sample(model, tokenizer, batch, limit, config.temperature))
         except torch.OutOfMemoryError:
             config.sample_batch = rows = len(batch) // 2      # from now on; other random draws, but the run goes on
             if rows == 0:
                 raise
             tqdm.write(f"out of memory while sampling {len(batch)} rows; going on with {rows} at a time")
-    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    texts = tokenizer.batch_decode([completion for completion, _ in sampled], skip_special_tokens=True)
     # Session s works on problem s // G. For a revision, `rollout` then replaces the second prompt, free_prompt.
-    return [Turn(s // config.samples, s, part, prompt, prompt, *rest)
-            for s, prompt, *rest in zip(sessions, prompts, completions, texts, truncated)]
+    return [Turn(s // config.samples, s, part, prompt, prompt, completion, text, truncated)
+            for s, prompt, (completion, truncated), text in zip(sessions, prompts, sampled, texts)]
 
 
 def rollout(model, tokenizer, problems, config, critic=None, gated=True):
@@ -398,17 +400,19 @@ def make_optimizer(model, config):
     """Move `model` to its device and return AdamW over its weights.
 
     With --bf16 the device holds bfloat16 weights and float32 gradients, 6 bytes a parameter instead of 16. AdamW works
-    on float32 copies of the weights in the host's memory: in bfloat16, steps as small as 1e-6 would be rounded away.
+    on float32 copies of the weights in CPU memory: in bfloat16, steps as small as 1e-6 would be rounded away.
     """
     weights = list(model.parameters())
     if config.bf16:
-        copies = (w.detach().to("cpu", torch.float32, copy=True) for w in weights)
-        # A GPU reads pinned memory faster, and while this program goes on.
-        weights = [torch.nn.Parameter(w.pin_memory() if config.device == "cuda" else w) for w in copies]
+        # A GPU reads pinned memory faster. It is one block, because torch rounds each block up to a power of two.
+        sizes = [w.numel() for w in weights]
+        block = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=config.device == "cuda").split(sizes)
+        weights = [torch.nn.Parameter(part.view_as(w).copy_(w.detach())) for part, w in zip(block, weights)]
         for w in model.parameters():                # only the weights: the buffers of RoPE need all their bits
             w.data = w.data.to(torch.bfloat16)
             w.grad_dtype = torch.float32            # the gradients of micro-batches are added up in float32
     model.to(config.device)
+    torch.backends.cuda.enable_cudnn_sdp(False)     # cuDNN's attention would compile anew for each length of the cache
     if config.bf16 and config.device == "cpu":
         model.set_attn_implementation("eager")      # on a CPU, torch's fused attention is slow in bfloat16
     # Paper: it does not give the betas and the weight decay. These are those of the authors' code.
@@ -429,8 +433,7 @@ def optimizer_step(model, optimizer, grad_clip=1.0):
         optimizer.step()
         for weight, master in pairs:
             weight.data.copy_(master.data, non_blocking=weight.is_cuda)
-            master.grad = None
-    model.zero_grad()
+    model.zero_grad()                               # a master's gradient stays until the next step replaces it
     return norm
 
 
@@ -457,9 +460,8 @@ def update(model, optimizer, turns, config):
                for batch in micro_batches([t for t in active if t.part == part], config.micro_tokens)]
     stats = {"flat": 1 - len(active) / len(turns), "objective": 0.0, "grad_norm": 0.0}
 
-    at_rollout, ratios = [], []                     # (log pi_old, w) of each micro-batch; the values of w of revisions
+    at_rollout, ratios = [], []                     # (log pi_old, w) of each micro-batch; w of all tokens of revisions
     for inner in range(config.inner_steps if active else 0):
-        stats["objective"] = 0.0
         for index, batch in enumerate(batches):
             sampled = [t.completion for t in batch]
             logp, mask = completion_logprobs(model, [t.free_prompt for t in batch], sampled, config.temperature)
@@ -471,7 +473,7 @@ def update(model, optimizer, turns, config):
                     with torch.no_grad():
                         guided, _ = completion_logprobs(model, [t.prompt for t in batch], sampled, config.temperature)
                     w = calibration_ratio(logp, guided)
-                    ratios.append(w[mask.bool()])
+                    ratios += w[mask.bool()].tolist()
                 at_rollout.append((logp.detach(), w))
             logp_old, w = at_rollout[index]
             A = torch.tensor([turn.advantage for turn in batch], device=logp.device)
@@ -479,17 +481,17 @@ def update(model, optimizer, turns, config):
             # that the gradients of the micro-batches add up to exactly the gradient of the whole batch.
             J = icrl_objective(logp, logp_old, A, w, mask) * len(batch) / len(turns)
             (-J).backward()
-            stats["objective"] += J.item()
+            stats["objective"] += J.item() / config.inner_steps
         stats["grad_norm"] = optimizer_step(model, optimizer)
-        if not math.isfinite(stats["grad_norm"]):
-            stats.update(grad_norm=None, objective=None)
-    return {**stats, "w_mean": mean(w for ratio in ratios for w in ratio.tolist())}
+    if not math.isfinite(stats["objective"] + stats["grad_norm"]):
+        stats.update(grad_norm=None, objective=None)
+    return {**stats, "w_mean": mean(ratios)}
 
 
 # ---------------------------------------------------------------------------------------------------------- training
 
 def load_model(name, config):
-    """Load a Hugging Face checkpoint: (model, tokenizer). The model is float32, in the host's memory, without dropout.
+    """Load a Hugging Face checkpoint: (model, tokenizer). The model is float32, in CPU memory, without dropout.
 
     Raises UsageError for a model with which sampling or training would go wrong.
     """
@@ -582,7 +584,7 @@ def session_lines(turns, problems, step):
 def show_sessions(turns, problems):
     """Print one session for each kind of problem: one in which a critique helped, if there is one."""
     best_last = sorted(turns, key=lambda t: (t.part == "critique", t.reward))
-    chosen = {problems[t.query].get("kind"): t.session for t in best_last}             # the last one of each kind
+    chosen = {str(problems[t.query].get("kind")): t.session for t in best_last}             # the last one of each kind
     for t in (t for t in turns if t.session in chosen.values()):
         problem = f"\n  problem   {problems[t.query]['problem']}\n" if t.part == "first" else ""
         tqdm.write(f"{problem}  {t.part:9} {t.text.strip()}  -> reward {t.reward:g}")
@@ -700,7 +702,7 @@ def evaluate(model, tokenizer, problems, config, log=None, critic=None):
     # With k = 1, pass@k is pass@1: the same key and the same value.
     figures = {f"pass@{config.samples}": mean(by_query.max(1)), "pass@1": mean(first), "95% from": low, "95% to": high,
                "put right": mean(second[first < 1] == 1), "put wrong": mean(second[first == 1] < 1)}
-    kinds = np.array([str(problems[t.query].get("kind", "")) for t in turns if t.part == "first"])
+    kinds = np.array([str(problems[t.query].get("kind") or "") for t in turns if t.part == "first"])
     by_kind = {f"pass@1 {kind}": mean(first[kinds == kind]) for kind in sorted({*kinds} - {""})}
     for round_number in range(1, config.rounds):    # a right attempt would end the session, so it stays right
         first = np.where(first == 1, first, rewards[round_number])
@@ -989,7 +991,7 @@ def take_unit(text):
 def same_value(gold, pred):
     """3. Compare two formulas or words."""
     gold, pred = (re.sub(r"\\text\{([^{}]*)\}", r"\1", text) for text in (gold, pred))
-    if re.fullmatch(r"\(?[A-Za-z]\)?|(?i:no)|[A-Za-z ]{3,}", gold):           # the letter of a choice, or words
+    if all(re.fullmatch(r"\(?[A-Za-z]\)?|(?i:no)|[A-Za-z ]{3,}", text) for text in (gold, pred)):   # letters or words
         return gold.strip("()").casefold() == pred.strip("()").casefold()
     try:
         golds, preds = (re.sub("=(.*)", r"-(\1)", text) for text in (gold, pred))
@@ -1024,16 +1026,17 @@ class Formula:
         """Take the next token if it is one of these."""
         return self.tokens.pop(0) if self.tokens[0] in tokens else None
 
-    def value(self):
+    def value(self, end=""):
+        """The value of what stands before the token `end`. An empty token ends the formula."""
         value = self.sum()
-        if self.tokens != [""]:
+        if self.tokens.pop(0) != end:
             raise ValueError
         return value
 
     def sum(self):
         value = self.product()
-        while self.tokens[0] in ("+", "-"):
-            value = value + self.product() if self.tokens.pop(0) == "+" else value - self.product()
+        while self.tokens[0] in ("+", "-"):                   # `factor` reads the sign
+            value = value + self.product()
         return value
 
     def product(self, of_function=False):
@@ -1070,10 +1073,7 @@ class Formula:
     def operand(self):
         token = self.tokens.pop(0)
         if token in self.CLOSING:
-            value = self.sum()
-            if not self.accept(self.CLOSING[token]):
-                raise ValueError
-            return value
+            return self.value(self.CLOSING[token])
         if token in (r"\frac", r"\binom"):
             n, k = self.operand(), self.operand()
             return n / k if token == r"\frac" else self.factorial(n) / self.factorial(k) / self.factorial(n - k)
@@ -1114,9 +1114,10 @@ def main(argv=None):
     except (UsageError, OSError, json.JSONDecodeError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         print(f"icrl.py: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 2
-    columns = [state[when] for when in ("before", "after") if when in state]
-    for name in columns[0]:
-        cells = ["-" if figures.get(name) is None else f"{figures[name]:.3g}" for figures in columns]
+    columns = {when: state[when] for when in ("before", "after") if when in state}
+    print(f"{'':32}", *(f"{when:>8}" for when in columns))
+    for name in state.get("after", state["before"]):
+        cells = ["-" if figures.get(name) is None else f"{figures[name]:.3g}" for figures in columns.values()]
         print(f"{name:32}", *(f"{cell:>8}" for cell in cells))
     print(f"{state['tokens']:,} tokens sampled in {state['step']} steps; the run is in {config.out}")
     return 0

@@ -22,7 +22,6 @@ gpu.csv, speed.csv and scaling.csv in math_data/results/ (or --results), in plac
 """
 import argparse
 import csv
-import gc
 import json
 import os
 import random
@@ -200,7 +199,6 @@ def gpu_row(shape, steps, config):
     update_share: FLOP/s of the forward and backward passes, divided by those of a large matrix product. A trained token
     counts 6 FLOP a parameter (8 if activations are recomputed), one that is only scored 2. Attention is left out.
     """
-    gc.collect()                                    # the model before this one
     device, large = config.device, config.device == "cuda"
     source = torch.ones(2**28 if large else 2**24, device=device)
     target, size = torch.empty_like(source), 8192 if large else 512
@@ -384,14 +382,18 @@ def main(argv=None):
     args, flags = parser.parse_known_args(argv)
     if flags and args.command != "gpu":
         parser.error(f"unknown: {' '.join(flags)}")
-    if args.command == "gpu":
+    if args.command == "gpu" and len(args.shape) > 1:
+        for shape in args.shape:                    # in a process of its own, because torch keeps the memory of the last
+            subprocess.run([sys.executable, __file__, "gpu", "--shape", shape, "--steps", str(args.steps),
+                            "--results", str(args.results), *flags], check=True)
+    elif args.command == "gpu":
+        shape, = args.shape
         config = icrl.parse(["--preset", "qwen3", "--bf16", str(torch.cuda.is_available()), *flags])
-        for shape in args.shape:
-            row = gpu_row(shape, args.steps, config)
-            replace_rows(args.results / "gpu.csv", [row],
-                         lambda old: (old["device"], old["shape"]) == (row["device"], row["shape"]))
-            for key, value in row.items():
-                print(f"{key:20} {value if isinstance(value, str) else short(value)}", flush=True)
+        row = gpu_row(shape, args.steps, config)
+        replace_rows(args.results / "gpu.csv", [row],
+                     lambda old: (old["device"], old["shape"]) == (row["device"], row["shape"]))
+        for key, value in row.items():
+            print(f"{key:20} {value if isinstance(value, str) else short(value)}", flush=True)
     elif args.command == "trl":
         works, path = {name: AGAINST_TRL[name] for name in args.work or AGAINST_TRL}, args.results / "speed.csv"
         measure(path, works, ("trl", "icrl"), args.pairs, args.model)
