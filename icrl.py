@@ -426,7 +426,7 @@ def optimizer_step(model, optimizer, grad_clip=1.0):
     """
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
     if math.isfinite(norm):
-        # A master is the float32 copy of a weight, on the host. Without --bf16 it is the weight itself.
+        # A master is the float32 copy of a weight, in CPU memory. Without --bf16 it is the weight itself.
         pairs = list(zip(model.parameters(), optimizer.param_groups[0]["params"]))
         for weight, master in pairs:
             master.grad = None if weight.grad is None else weight.grad.to(master)
