@@ -1,137 +1,132 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""ICRL in one file: a language model learns from its own critique until it no longer needs it (arXiv 2605.15224).
+"""ICRL in one file: a language model learns from its own critique (arXiv 2605.15224).
 
-One model plays two roles. Only the prompt tells them apart. The solver attempts a problem q. If the attempt fails, the
-critic (the same weights) writes a critique c of it. The solver then tries again with c in its prompt. This second
-attempt y is called a revision. One policy-gradient step then trains both roles. Equations are numbered as in the paper.
+One model plays two roles. Only the prompt tells them apart. The solver attempts a problem q. If
+the attempt fails, the critic (the same weights) writes a critique c of it. The solver then tries
+again with c in its prompt. This second attempt y is called a revision. One policy-gradient step
+then trains both roles. Equations are numbered as in the paper.
 
-    Eq. 3   A critique earns 1 if the revision is right. Otherwise it earns what the revision gained over the attempt.
-    Eq. 4   A revision is trained as if the solver had seen q alone. Each of its tokens y_t has the weight
-            w_t = pi_old(y_t | q, y_<t) / pi_old(y_t | q, c, y_<t), at most 2. If only c made a token likely, it counts
-            little. pi_old is the model that sampled.
-    Eq. 5   An advantage A is a reward, normalised among the outputs of the same role on the same problem.
-    Eq. 6   J = mean of w_t min(rho_t A, clip(rho_t) A). Here rho_t = pi / pi_old, both without c in the prompt.
+    Eq. 3   A critique earns 1 if the revision is right. Otherwise it earns what the revision
+            gained over the attempt.
+    Eq. 4   A revision is trained as if the solver had seen q alone. Each of its tokens y_t has
+            the weight w_t = pi_old(y_t | q, y_<t) / pi_old(y_t | q, c, y_<t), at most 2. If only
+            c made a token likely, it counts little. pi_old is the model that sampled.
+    Eq. 5   An advantage A is a reward, normalised among the outputs of the same role on the same
+            problem.
+    Eq. 6   J = mean of w_t min(rho_t A, clip(rho_t) A), where rho_t = pi / pi_old. Both are
+            without c in the prompt.
 
 With --method grpo there is no critic. What is left is GRPO without a KL term.
 
-    python icrl.py                                                     trains the small model that comes with this file
-    python icrl.py --preset qwen3 --data train.jsonl --heldout test.jsonl             trains Qwen3-4B on your problems
+    python icrl.py                          trains the small model that comes with this file
+    python icrl.py --preset qwen3 --data train.jsonl --heldout test.jsonl       trains Qwen3-4B
 
-Read from top to bottom: settings, equations, prompts, sampling, sessions, update. That is the whole method. Training,
-evaluation, the problem files, the answer checker and the command line follow. The word "Paper:" marks where this file
-departs from the paper, or what it does where the paper leaves a choice open.
+Read from top to bottom: settings, equations, prompts, sampling, sessions, update. That is the
+whole method. Training, evaluation, the problem files, the answer checker and the command line
+follow. The word "Paper:" marks where this file departs from the paper, or what it does where the
+paper leaves a choice open.
 """
 import cmath
 import dataclasses
-import itertools
+import datetime
 import json
 import math
 import random
 import re
 import sys
-import time
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
+import transformers
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, logging
-from transformers.hf_argparser import HfArg, HfArgumentParser
 
-HERE = Path(__file__).resolve().parent
+WORLD = Path(__file__).resolve().parent / "math_data/arithmetic"
 
 
 class UsageError(ValueError):
-    """The user asked for something that cannot be done. The message says what is wrong and where."""
+    """The user asked for something that cannot be done. The message says what is wrong."""
 
 
-# ---------------------------------------------------------------------------------------------------------- settings
+# -------------------------------------------------------------------------------------- settings
+
+def flag(default, text):
+    """A field of Config: its default, and its text in --help."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
 
 @dataclasses.dataclass
 class Config:
     """All settings of a run. Each field is also a command-line flag."""
-    preset: Literal["tiny", "qwen3"] = HfArg(default="tiny", help="defaults for the small model, or for Qwen3")
-    resume: str = HfArg(default="", help="continue the run in this folder; its settings are the defaults")
-    out: str = HfArg(default="", help="folder of the run; empty: a new folder in runs/; not for --resume")
-    model: str = HfArg(default=f"{HERE}/math_data/arithmetic/model", help="Hugging Face model: a name or a folder")
-    data: str = HfArg(default=f"{HERE}/math_data/arithmetic/train.jsonl", help="training problems (JSONL)")
-    heldout: str = HfArg(default=f"{HERE}/math_data/arithmetic/heldout.jsonl", help="evaluation problems (JSONL)")
-    device: Literal["cuda", "cpu", "mps"] = HfArg(default="cuda" if torch.cuda.is_available() else "cpu")
-    seed: int = HfArg(default=0, help="seed of all random draws")
+    preset: Literal["tiny", "qwen3"] = flag("tiny", "defaults for the small model, or for Qwen3")
+    resume: str = flag("", "go on with the run in this folder, with its settings")
+    out: str = flag("", "new folder for the run; empty: one in runs/ is made")
+    model: str = flag(f"{WORLD}/model", "Hugging Face model: a name or a folder")
+    data: str = flag(f"{WORLD}/train.jsonl", "training problems (JSONL)")
+    heldout: str = flag(f"{WORLD}/heldout.jsonl", "problems for the evaluation (JSONL)")
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cuda, cpu or mps")
+    seed: int = flag(0, "seed of all random draws")
     # sessions
-    method: Literal["icrl", "grpo"] = HfArg(default="icrl", help="grpo: one attempt per session and no critic")
-    queries: int = HfArg(default=16, help="problems (queries) per step")
-    samples: int = HfArg(default=8, help="sessions per problem (G)")
-    rounds: int = HfArg(default=2, help="attempts per session at most (K)")
-    max_response: int = HfArg(default=48, help="tokens per attempt at most")
-    max_critique: int = HfArg(default=48, help="tokens per critique at most")
-    temperature: float = HfArg(default=1.0, help="used for sampling and for every log-prob")
+    method: Literal["icrl", "grpo"] = flag("icrl", "grpo: one attempt a session, no critic")
+    queries: int = flag(16, "problems (queries) per step")
+    samples: int = flag(8, "sessions per problem (G)")
+    rounds: int = flag(2, "attempts per session at most (K)")
+    max_response: int = flag(48, "tokens per attempt at most")
+    max_critique: int = flag(48, "tokens per critique at most")
+    temperature: float = flag(1.0, "used for sampling and for every log-prob")
     # update
-    steps: int = HfArg(default=50, help="training steps; 0: only evaluate --model on --heldout")
-    inner_steps: int = HfArg(default=1, help="optimiser steps per rollout; with 1, nothing is clipped")
-    lr: float = HfArg(default=3e-4, help="learning rate (constant)")
+    steps: int = flag(50, "training steps; 0: only evaluate --model on --heldout")
+    inner_steps: int = flag(1, "optimiser steps per rollout; with 1, nothing is clipped")
+    lr: float = flag(3e-4, "learning rate (constant)")
     # memory
-    sample_batch: int = HfArg(default=0, help="completions sampled at a time; 0: as many as fit (on a CPU, 256)")
-    micro_tokens: int = HfArg(default=1024, help="tokens per forward pass of the update")
-    bf16: bool = HfArg(default=False, help="compute in bfloat16; keep float32 weights and AdamW in CPU memory")
-    checkpointing: bool = HfArg(default=False, help="recompute activations in the backward pass to save memory")
+    sample_batch: int = flag(256, "completions sampled at a time")
+    micro_tokens: int = flag(1024, "tokens per forward pass of the update")
+    bf16: bool = flag(False, "compute in bfloat16; float32 weights stay in CPU memory")
+    checkpointing: bool = flag(False, "recompute activations in the backward pass")
     # evaluation
-    eval_every: int = HfArg(default=25, help="steps between evaluations; 0: only before and after training")
-    eval_problems: int = HfArg(default=240, help="held-out problems per evaluation at most")
-    eval_samples: int = HfArg(default=1, help="sessions per problem in an evaluation (k)")
-    save_every: int = HfArg(default=10, help="steps between checkpoints; 0: only at the end")
+    eval_every: int = flag(25, "steps between evaluations; each also saves a checkpoint")
+    eval_samples: int = flag(1, "attempts per problem in an evaluation")
 
 
-# Paper: these are its settings, except for the lengths (2048 and 1024 there) and the steps (300 there). With the values
-# here, a run takes one night. What is not named here is as in Config.
+# Paper: the settings of qwen3 are the paper's, except for the lengths (2048 and 1024 there) and
+# the number of steps (300 there). With the values here, a run takes one night.
 PRESETS = {"tiny": {}, "qwen3": dict(
-    model="Qwen/Qwen3-4B-Instruct-2507", lr=1e-6, steps=100, max_response=1024, max_critique=512, bf16=True,
-    checkpointing=True, micro_tokens=4096, eval_every=20, eval_problems=128)}
-MAY_BE_0 = "seed steps lr sample_batch eval_every save_every".split()
+    model="Qwen/Qwen3-4B-Instruct-2507", lr=1e-6, steps=100, max_response=1024, max_critique=512,
+    bf16=True, checkpointing=True, sample_batch=32, micro_tokens=4096, eval_every=10)}
+# What --resume may change. With another value of any other flag, it would not be the same run.
+MAY_CHANGE = {"resume", "device", "steps", "sample_batch", "micro_tokens", "eval_every"}
 
 
-def check(config):
-    """Raise UsageError for settings that are out of range, or with which nothing could be learnt."""
-    for name, value in vars(config).items():
-        if type(value) in (int, float) and not (0 <= value <= 2**32 and (value > 0 or name in MAY_BE_0)):
-            raise UsageError(f"--{name} {value} is out of range: it must be positive{' or 0' * (name in MAY_BE_0)}")
-    if config.steps and (config.samples == 1 or config.method == "icrl" and config.rounds == 1):
-        raise UsageError("training needs --samples 2 or more and, with a critic, --rounds 2 or more")
-    if config.steps and (config.data == Config.data) != (config.heldout == Config.heldout):
-        raise UsageError("--data and --heldout belong together: give both, or none for the problems of this project")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch finds no GPU; leave this flag out, or install torch with CUDA")
-
-
-# ----------------------------------------------------------------------------------------------------- the equations
+# --------------------------------------------------------------------------------- the equations
 
 def critic_reward(before, after):
-    """Eq. 3: the reward of a critique, from the rewards (floats) of the attempts before and after it.
+    """Eq. 3: the reward of a critique, from the rewards of the attempts before and after it.
 
-    If rewards are 0 or 1 and only failures are criticised, this is simply `after`.
+    before, after: floats. If rewards are 0 or 1 and only failures are criticised, this is simply
+    `after`.
     """
     return 1.0 if after == 1.0 else after - before
 
 
 def calibration_ratio(logp_free, logp_guided, w_max=2.0):
-    """Eq. 4: the weight w_t = pi_old(y_t | q, y_<t) / pi_old(y_t | q, c, y_<t), at most w_max. It has no gradient.
+    """Eq. 4: the weight w_t = pi_old(y_t | q, y_<t) / pi_old(y_t | q, c, y_<t), at most w_max.
 
-    logp_free, logp_guided: (B, T) float log-probs of the same revisions. "Free" means without the critique in the
-    prompt, "guided" means with it. Both come from the model weights that sampled. Returns (B, T). Only for revisions:
-    every other token has weight 1.
+    logp_free, logp_guided: (B, T) float log-probs of the same revisions. "Free" means without the
+    critique in the prompt, "guided" means with it. Both come from the weights that sampled.
+    Returns (B, T), without a gradient. Only for revisions: every other token has weight 1.
     """
     return (logp_free - logp_guided).detach().exp().clamp(max=w_max)
 
 
 def role_advantages(rewards, groups, delta=1e-6):
-    """Eq. 5: A_i = (r_i - mean) / (std + delta), with the mean and std of the group that i belongs to.
+    """Eq. 5: A_i = (r_i - mean) / (std + delta), with the mean and std of the group of i.
 
     rewards: B floats. groups: B keys, for ICRL (problem, role). Returns (B,) float32.
-    Paper: the kind of std is left open; here it divides by n - 1. A group of one, or of equal rewards, gives exactly
-    0. Without this rule rounding noise, divided by delta, would look like a signal.
+    Paper: the kind of std is left open; here it divides by n - 1. A group of one, or of equal
+    rewards, gives exactly 0. Otherwise rounding noise, divided by delta, would look like a signal.
     """
     rewards = torch.as_tensor(rewards, dtype=torch.float32)
     advantages = torch.zeros_like(rewards)
@@ -144,13 +139,15 @@ def role_advantages(rewards, groups, delta=1e-6):
 
 
 def icrl_objective(logp, logp_old, advantages, weights, mask, clip_low=0.2, clip_high=0.28):
-    """Eq. 6, to be maximised: J = mean of w_t min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A).
+    """Eq. 6, to be maximised: J = mean of w_t min(rho_t A, clip(rho_t, 0.8, 1.28) A).
 
-    logp: (B, T) float log-probs by the current weights. logp_old: by the weights that sampled. Both are without the
-    critique in the prompt. advantages: (B,). weights: (B, T), w_t of Eq. 4 for revisions and 1 otherwise. mask: (B, T),
-    1 on real tokens and 0 on padding. Returns a scalar.
-    Paper: Eq. 6 has one expectation over samples and tokens. Here the mean is over the tokens of each sample, and then
-    over the B samples. This, and the two bounds of the clipping, are those of the authors' code.
+    logp: (B, T) float log-probs by the current weights. logp_old: by the weights that sampled.
+    Both are without the critique in the prompt. advantages: (B,). weights: (B, T), w_t of Eq. 4
+    for revisions and 1 otherwise. mask: (B, T), 1 on real tokens and 0 on padding. Returns a
+    scalar.
+    Paper: Eq. 6 has one expectation over samples and tokens. Here the mean is over the tokens of
+    each sample, and then over the B samples. This, and the two bounds of the clipping, are those
+    of the authors' code.
     """
     rho = (logp - logp_old.detach()).exp()
     A = advantages[:, None]
@@ -159,163 +156,170 @@ def icrl_objective(logp, logp_old, advantages, weights, mask, clip_low=0.2, clip
     return ((J * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
-# ----------------------------------------------------------------------------------------------------------- prompts
+# --------------------------------------------------------------------------------------- prompts
 
-SOLVER_SYSTEM = r"Solve the problem step by step and put the final answer in \boxed{}."
-CRITIC_SYSTEM = (
-    "You see a problem and a failed attempt. Name the most valuable mistake and give short, reusable tips for a fresh "
-    "attempt. Never state the final answer. Write the tips between <critique> and </critique>.")
+# Paper: its instructions are a system turn. Here they stand in front of the problem, because the
+# chat templates of some models refuse a system turn, or drop it.
+SOLVER = r"Solve the problem step by step and put the final answer in \boxed{}."
+CRITIC = ("You see a problem and a failed attempt. Name the most valuable mistake and give short, "
+          "reusable tips for a fresh attempt. Never state the final answer. Write the tips between "
+          "<critique> and </critique>.")
 
 
-def solver_messages(problem, critique=""):
-    """Chat messages that ask for an attempt at `problem`, with the latest critique if there is one.
+def solver_prompt(problem, critique=""):
+    """The text that asks for an attempt at `problem`, with the latest critique if there is one.
 
-    A revision is a fresh attempt. Its prompt holds no failed attempt, no older critique and no reward. Without a
-    critique (empty or None) these are the messages of a first attempt. Revisions are trained under those too.
+    A revision is a fresh attempt: its prompt holds no failed attempt, no older critique and no
+    reward. Without a critique this is the prompt of a first attempt. Revisions are trained under
+    that one, too.
     Paper: an empty critique is not mentioned. Here the revision is then a plain second attempt.
     """
     tips = f"\n\nTips from the critic of an earlier attempt:\n{critique}" if critique else ""
-    return [{"role": "system", "content": SOLVER_SYSTEM}, {"role": "user", "content": problem + tips}]
+    return f"{SOLVER}\n\nProblem:\n{problem}{tips}"
 
 
-def critic_messages(problem, attempt):
-    """Chat messages that ask for a critique of a failed attempt. The right answer is not given to the critic."""
-    return [{"role": "system", "content": CRITIC_SYSTEM},
-            {"role": "user", "content": f"Problem:\n{problem}\n\nFailed attempt:\n{attempt}"}]
+def critic_prompt(problem, attempt):
+    """The text that asks for a critique of a failed attempt. It does not hold the right answer."""
+    return f"{CRITIC}\n\nProblem:\n{problem}\n\nFailed attempt:\n{attempt}"
 
 
 def extract_critique(text):
-    """The text in the last <critique> tags, or all of it if there are no tags. Thoughts up to </think> are left out."""
-    text = text.rpartition("</think>")[2].partition("<think>")[0]
+    """The text in the last <critique> tags, or all of it if there are no tags."""
     return text.rpartition("<critique>")[2].partition("</critique>")[0].strip()
 
 
-def encode_chat(tokenizer, messages):
-    """Token ids (a list) of a chat prompt, from a system and a user message. It ends where the assistant begins.
+def chat_text(tokenizer, prompt):
+    """`prompt` as a user's turn, by the chat template. It ends where the assistant begins.
 
-    An attempt or a critique is model output that stands in a user's turn. So every control token, such as <|im_end|>,
-    is removed from it first: it could end the turn. Removing one can put another together, hence the loop. A model that
-    can switch its thinking off, such as Qwen3, does so.
+    A model that can switch its thinking off, such as Qwen3, does so. Some templates print the
+    date. Here it is always the same one, so that a run can be repeated tomorrow.
     """
-    control = "|".join(re.escape(token.content) for token in tokenizer.added_tokens_decoder.values()
-                       if token.special or (token.content.strip() and token.content in tokenizer.get_chat_template()))
+    date = "{% macro strftime_now(format) %}1 January 2026{% endmacro %}"
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], chat_template=date + tokenizer.get_chat_template(),
+        tokenize=False, add_generation_prompt=True, enable_thinking=False)
 
-    def clean(text):
-        while control and re.search(control, text):
-            text = re.sub(control, "", text)
-        return text
 
-    messages = [{**message, "content": clean(message["content"])} for message in messages]
-    system, user = (message["content"] for message in messages)
-    options = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    try:
-        text = tokenizer.apply_chat_template(messages, **options)
-    except Exception:                               # some templates refuse a system turn, each with its own error
-        text = ""
-    if system not in text:                          # and some drop it without an error
-        text = tokenizer.apply_chat_template([{"role": "user", "content": f"{system}\n\n{user}"}], **options)
+def without_control_tokens(tokenizer, text):
+    """`text` with a space in place of each control token, such as <|im_end|>.
+
+    Control tokens are the special ones, and those that the chat template itself prints.
+    """
+    template = chat_text(tokenizer, "")
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special or (token.content.strip() and token.content in template):
+            text = text.replace(token.content, " ")
+    return text
+
+
+def encode_chat(tokenizer, prompt):
+    """Token ids (a list) of a prompt in the chat template.
+
+    An attempt or a critique is model output that stands in a user's turn. A control token in it
+    could end that turn, so it is removed.
+    """
+    text = chat_text(tokenizer, without_control_tokens(tokenizer, prompt))
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-# ------------------------------------------------------------------------------------------- sampling and log-probs
+def visible_text(tokenizer, prompt, completion):
+    """The text of a completion behind its thoughts, without control tokens.
+
+    prompt, completion: token ids. Thoughts stand between <think> and </think>. Some templates
+    print <think> at the end of the prompt. What follows a <think> that never ends does not count.
+    """
+    text = tokenizer.decode(completion)
+    if tokenizer.decode(prompt).rstrip().endswith("<think>"):
+        text = "<think>" + text
+    text = text.rpartition("</think>")[2].partition("<think>")[0]
+    return without_control_tokens(tokenizer, text).strip()
+
+
+# ------------------------------------------------------------------------ sampling and log-probs
 
 def stop_tokens(model, tokenizer):
     """The set of token ids that end a completion.
 
-    These are the EOS ids of the tokenizer and of the checkpoint, and the token that ends the assistant's turn in the
-    chat template. The last one differs from EOS in some base models: without it, answers would never end.
+    These are the EOS ids of the tokenizer and of the checkpoint, and the token that ends the
+    assistant's turn in the chat template. The last one differs from EOS in some base models.
+    Without it, their answers would never end. "zebra" marks the place in the template.
     """
     eos = model.generation_config.eos_token_id
-    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "zebra"}]
-    after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("zebra")[2]
-    ends = [i for i, t in tokenizer.added_tokens_decoder.items() if t.special and after.startswith(t.content)]
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "zebra"}]
+    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("zebra")[2].lstrip()
+    ends = [number for number, token in tokenizer.added_tokens_decoder.items()
+            if token.content.strip() and after.startswith(token.content)]
     return {*ends, tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
 
 
-def rows_that_fit(model, tokens):
-    """How many rows of `tokens` tokens can be sampled at once: as many as fill 70% of the free memory of the GPU.
-
-    A row needs its key-value cache (Qwen3-4B in bfloat16: 147,456 bytes a token) and about four copies of its logits
-    in float32. On other devices it is always 256.
-    """
-    if model.device.type != "cuda":
-        return 256
-    torch.cuda.empty_cache()
-    config = model.config.get_text_config()
-    heads = config.to_dict().get("num_key_value_heads") or config.num_attention_heads
-    size = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
-    cache = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize        # keys and values of a token
-    return max(1, int(0.7 * torch.cuda.mem_get_info(model.device)[0] / (tokens * cache + 16 * config.vocab_size)))
-
-
 @torch.no_grad()
-def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, chunk=16):
+def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, piece=64):
     """Sample one completion for each prompt with Hugging Face `generate`. Temperature 0 is greedy.
 
-    prompts: lists of token ids, none empty. Returns (completions, truncated). Completions are lists of token ids up to
-    and including the first stop token. truncated: a bool for each, True if it has no stop token within max_new_tokens.
+    prompts: lists of token ids, none empty. Returns (completions, truncated). Completions are
+    lists of token ids up to and including the first stop token. truncated: a bool for each, True
+    if it has no stop token within max_new_tokens.
 
-    All prompts form one batch. `generate` makes `chunk` tokens per call and continues from its cache. Between two calls
-    the finished rows leave the batch, so that short completions do not wait for long ones.
+    All prompts form one batch. Each call of `generate` adds at most `piece` tokens. Between two
+    calls the finished rows leave the batch, so that short completions do not wait for long ones.
     """
     stops = stop_tokens(model, tokenizer)
-    pad, width = min(stops), max(map(len, prompts))           # padding is masked, so any id will do
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)      # (B, width)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    # `generate` follows the generation config of the checkpoint (Qwen3: top_k 20). The policy that samples
-    # would not be the policy that is scored. So that config is replaced, also in the model that is saved.
-    how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
-    model.generation_config = GenerationConfig(**how, eos_token_id=sorted(stops), pad_token_id=pad)
+    # `generate` follows the generation config of the checkpoint (Qwen3: top_k 20). The policy
+    # that samples would not be the policy that is scored. So that config is replaced.
+    model.generation_config = transformers.GenerationConfig(
+        do_sample=temperature > 0, temperature=temperature or 1.0, top_p=1.0,
+        top_k=0 if temperature > 0 else None, eos_token_id=sorted(stops), pad_token_id=min(stops))
     model.eval()
-    cache, live, completions = DynamicCache(config=model.config), list(range(len(prompts))), [[]] * len(prompts)
+    rows = [torch.tensor(prompt, device=model.device) for prompt in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")   # (B, P)
+    mask = (ids >= 0).long()
+    ids = ids.clamp(min=0)                      # any id will do as padding: it is masked
+    width = ids.shape[1]
+    completions = [[] for _ in prompts]
+    live = list(range(len(prompts)))            # which prompt each row belongs to
     while live:
+        # ids holds the prompts and all tokens until now.
         tokens_left = width + max_new_tokens - ids.shape[1]
-        # `cache` is called past_key_values in transformers before 5.24.
-        ids = model.generate(ids, attention_mask=mask, cache=cache, max_new_tokens=min(chunk, tokens_left))
+        ids = model.generate(ids, attention_mask=mask, max_new_tokens=min(piece, tokens_left))
         mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
         unfinished = []
         for row, tokens in enumerate(ids[:, width:].tolist()):
-            end = next((t + 1 for t, token in enumerate(tokens) if token in stops), None)
-            completions[live[row]] = tokens[:end]             # all of them if there is no stop token yet
-            if end is None and len(tokens) < max_new_tokens:
+            ends = [t + 1 for t, token in enumerate(tokens) if token in stops]
+            completions[live[row]] = tokens[:ends[0]] if ends else tokens
+            if not ends and len(tokens) < max_new_tokens:
                 unfinished.append(row)
-        keep = torch.tensor(unfinished, dtype=torch.long, device=ids.device)
-        live, ids, mask = [live[row] for row in unfinished], ids[keep], mask[keep]
-        cache.reorder_cache(keep)                             # keeps the rows that stay
+        live = [live[row] for row in unfinished]
+        ids, mask = ids[unfinished], mask[unfinished]
     return completions, [completion[-1] not in stops for completion in completions]
 
 
 def completion_logprobs(model, prompts, completions, temperature=1.0):
     """log pi(y_t | prompt, y_<t) of every completion token, at `temperature`. Differentiable.
 
-    prompts, completions: B lists of token ids, none empty. Pass the ids that were sampled, not re-tokenised text.
-    Returns (logp, mask), both (B, T) float32, where T is the length of the longest completion. On padding both are 0.
-
-    No attention mask is needed: the padding is on the right, and causal attention does not look there.
+    prompts, completions: B lists of token ids, none empty. Pass the ids that were sampled, not
+    their text. Returns (logp, mask), both (B, T) float32, where T is the length of the longest
+    completion. On padding both are 0.
     """
-    rows = [torch.tensor([*prompt, *completion]) for prompt, completion in zip(prompts, completions)]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)                # (B, L)
-    first = torch.tensor([[len(prompt)] for prompt in prompts], device=ids.device)                # (B, 1)
-    length = torch.tensor([[len(completion)] for completion in completions], device=ids.device)
-    position = torch.arange(ids.shape[1], device=ids.device)
-    predicts = (position >= first - 1) & (position < first - 1 + length)     # (B, L): logits at t - 1 predict token t
-    mask = position[:int(length.max())] < length                             # (B, T)
-
-    # Evaluation mode, because dropout would change the log-probs. Only the layers that recompute their activations need
-    # training mode: Hugging Face recomputes in no other mode.
+    # Evaluation mode, because dropout would change the log-probs. Only the layers that recompute
+    # their activations need training mode: Hugging Face recomputes in no other mode.
     for module in model.modules():
         module.training = getattr(module, "gradient_checkpointing", False)
-    # The output layer makes 151,936 numbers for each position of Qwen3. That is the memory peak of the update. This
-    # hook passes it only the positions that predict a completion token: (B, L, H) becomes (N, H), in any architecture.
-    with model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0][predicts],)):
-        logits = model(input_ids=ids, use_cache=False).logits.float() / temperature               # (N, vocabulary)
-    # The roll puts token t at position t - 1, beside the logits that predict it.
-    logp = -torch.nn.functional.cross_entropy(logits, ids.roll(-1, dims=1)[predicts], reduction="none")
-    # `predicts` and `mask` mark the same tokens in the same order, row by row.
-    return torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, logp), mask.float()
+    rows = [torch.tensor([*p, *c], device=model.device) for p, c in zip(prompts, completions)]
+    # The padding is on the right. Causal attention does not look there, so no mask is needed.
+    ids = pad_sequence(rows, batch_first=True)                      # (B, L)
+    logits = model(input_ids=ids, use_cache=False).logits           # (B, L, V)
+    logp = []
+    for row, scores, prompt in zip(rows, logits, prompts):
+        # The scores at t - 1 predict token t. Those of the prompt are not made float32: with
+        # V = 151,936 (Qwen3), they would be the largest tensor of the update.
+        scores = scores[len(prompt) - 1:len(row) - 1].float() / temperature             # (T, V)
+        targets = row[len(prompt):]                                                     # (T,)
+        logp.append(-torch.nn.functional.cross_entropy(scores, targets, reduction="none"))
+    mask = [torch.ones_like(row) for row in logp]
+    return pad_sequence(logp, batch_first=True), pad_sequence(mask, batch_first=True)
 
 
-# -------------------------------------------------------------------------------------------- sessions (Algorithm 1)
+# ------------------------------------------------------------------------ sessions (Algorithm 1)
 
 @dataclasses.dataclass
 class Turn:
@@ -324,16 +328,17 @@ class Turn:
     session: int            # number of the session in the batch
     part: str               # "first", "critique" or "revision"
     prompt: list            # token ids under which it was sampled
-    free_prompt: list       # token ids under which it is trained; for a revision, the prompt without the critique
+    free_prompt: list       # token ids under which it is trained: without a critique
     completion: list        # the token ids that were sampled
-    text: str
+    text: str               # what it says
     truncated: bool         # cut off at the length limit
     reward: float = 0.0
     advantage: float = 0.0
+    weights: list = ()      # w of each token, known after the update
 
     @property
     def group(self):
-        """The group of Eq. 5. Revisions are compared with first attempts, because both are trained under q alone."""
+        """The group of Eq. 5. Revisions join first attempts: both are trained under q alone."""
         return (self.query, "critic" if self.part == "critique" else "solver")
 
 
@@ -342,221 +347,294 @@ def outcome_reward(text, problem, truncated):
     return 0.0 if truncated else float(is_correct(text, problem["answer"]))
 
 
-def generate_turns(model, tokenizer, part, sessions, chats, config):
+def generate_turns(model, tokenizer, part, sessions, prompts, config, free_prompts=None):
     """Sample the next turn of each session: a list of Turns, still without rewards.
 
-    sessions: their numbers in the batch. chats: the messages that each of them is prompted with.
+    sessions: their numbers in the batch. prompts: for each of them, the token ids to sample from.
+    free_prompts: the token ids to train under; None: the same ones.
     """
-    prompts = [encode_chat(tokenizer, chat) for chat in chats]
     limit = config.max_critique if part == "critique" else config.max_response
-    rows = config.sample_batch or rows_that_fit(model, max(map(len, prompts), default=0) + limit)
-    sampled = []                                              # pairs: a completion, and whether it is truncated
-    while len(sampled) < len(prompts):
-        batch = prompts[len(sampled):len(sampled) + rows]
-        try:
-            sampled += zip(*sample(model, tokenizer, batch, limit, config.temperature))
-        except torch.OutOfMemoryError:
-            config.sample_batch = rows = len(batch) // 2      # from now on; other random draws, but the run goes on
-            if rows == 0:
-                raise
-            tqdm.write(f"out of memory while sampling {len(batch)} rows; going on with {rows} at a time")
-    texts = tokenizer.batch_decode([completion for completion, _ in sampled], skip_special_tokens=True)
-    # Session s works on problem s // G. For a revision, `rollout` then replaces the second prompt, free_prompt.
-    return [Turn(s // config.samples, s, part, prompt, prompt, completion, text, truncated)
-            for s, prompt, (completion, truncated), text in zip(sessions, prompts, sampled, texts)]
+    completions, truncated = [], []
+    for start in range(0, len(prompts), config.sample_batch):
+        batch = prompts[start:start + config.sample_batch]
+        sampled, cut_off = sample(model, tokenizer, batch, limit, config.temperature)
+        completions += sampled
+        truncated += cut_off
+    columns = zip(sessions, prompts, free_prompts or prompts, completions, truncated)
+    return [Turn(s // config.samples, s, part, prompt, free_prompt, completion,
+                 visible_text(tokenizer, prompt, completion), cut_off)
+            for s, prompt, free_prompt, completion, cut_off in columns]
 
 
-def rollout(model, tokenizer, problems, config, critic=None, gated=True):
-    """Algorithm 1: G sessions (config.samples) of at most K attempts (config.rounds) on each problem.
+def rollout(model, tokenizer, problems, config, critic=None):
+    """Algorithm 1: G sessions (config.samples) of at most K attempts (config.rounds) a problem.
 
-    problems: dicts with "problem" and "answer". critic: another model that writes the critiques; by default `model`.
-    With gated=False, right attempts are criticised too. Returns a list of Turns with their rewards, session by session.
+    problems: dicts with "problem" and "answer". critic: another model that writes the critiques;
+    by default it is `model`. Returns a list of Turns with their rewards, session by session.
     """
-    problem_of = [problem for problem in problems for _ in range(config.samples)]      # of each session
-    sessions = [[] for _ in problem_of]                                                # the turns of each session
-    for number in range(1 if config.method == "grpo" else config.rounds):
-        # The sessions that go on: not begun, not solved, or (with gated=False) all.
-        live = [s for s, turns in enumerate(sessions) if not turns or turns[-1].reward != 1.0 or not gated]
-        part, critiques = ("first" if number == 0 else "revision"), [None] * len(live)
-        if part == "revision":
-            chats = [critic_messages(problem_of[s]["problem"], sessions[s][-1].text) for s in live]
-            critiques = generate_turns(critic or model, tokenizer, "critique", live, chats, config)
-        tips = [critique and extract_critique(critique.text) for critique in critiques]
-        chats = [solver_messages(problem_of[s]["problem"], tip) for s, tip in zip(live, tips)]
-        attempts = generate_turns(model, tokenizer, part, live, chats, config)
-        for s, critique, attempt in zip(live, critiques, attempts):
-            attempt.reward = outcome_reward(attempt.text, problem_of[s], attempt.truncated)
-            if part == "revision":
-                critique.reward = critic_reward(sessions[s][-1].reward, attempt.reward)
-                attempt.free_prompt = sessions[s][0].prompt   # the problem alone
-                sessions[s].append(critique)
-            sessions[s].append(attempt)
-    return [turn for turns in sessions for turn in turns]
+    texts = [problem["problem"] for problem in problems for _ in range(config.samples)]
+
+    def attempt(part, numbers, critiques, free_prompts=None):
+        """Sample an attempt in each of these sessions, and reward it."""
+        prompts = [encode_chat(tokenizer, solver_prompt(texts[s], critique))
+                   for s, critique in zip(numbers, critiques)]
+        turns = generate_turns(model, tokenizer, part, numbers, prompts, config, free_prompts)
+        for turn in turns:
+            turn.reward = outcome_reward(turn.text, problems[turn.query], turn.truncated)
+        return turns
+
+    everyone = range(len(texts))
+    sessions = [[turn] for turn in attempt("first", everyone, [""] * len(texts))]
+    for _ in range(config.rounds - 1 if config.method == "icrl" else 0):
+        live = [s for s in everyone if sessions[s][-1].reward != 1.0]
+        prompts = [encode_chat(tokenizer, critic_prompt(texts[s], sessions[s][-1].text))
+                   for s in live]
+        critiques = generate_turns(critic or model, tokenizer, "critique", live, prompts, config)
+        tips = [extract_critique(critique.text) for critique in critiques]
+        # A revision is trained under the prompt of the session's first attempt.
+        revisions = attempt("revision", live, tips, [sessions[s][0].prompt for s in live])
+        for s, critique, revision in zip(live, critiques, revisions):
+            critique.reward = critic_reward(sessions[s][-1].reward, revision.reward)
+            sessions[s] += [critique, revision]
+    return [turn for session in sessions for turn in session]
 
 
-# -------------------------------------------------------------------------------------------------------- the update
+# ------------------------------------------------------------------------------------ the update
 
 def make_optimizer(model, config):
     """Move `model` to its device and return AdamW over its weights.
 
-    With --bf16 the device holds bfloat16 weights and float32 gradients, 6 bytes a parameter instead of 16. AdamW works
-    on float32 copies of the weights in CPU memory: in bfloat16, steps as small as 1e-6 would be rounded away.
+    With --bf16 the device holds bfloat16 weights and float32 gradients, 6 bytes a parameter
+    instead of 16. AdamW works on float32 copies of the weights in CPU memory (the masters): in
+    bfloat16, steps as small as 1e-6 would be rounded away.
     """
-    weights = list(model.parameters())
+    masters = list(model.parameters())
     if config.bf16:
-        # A GPU reads pinned memory faster. It is one block, because torch rounds each block up to a power of two.
-        sizes = [w.numel() for w in weights]
-        block = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=config.device == "cuda").split(sizes)
-        weights = [torch.nn.Parameter(part.view_as(w).copy_(w.detach())) for part, w in zip(block, weights)]
-        for w in model.parameters():                # only the weights: the buffers of RoPE need all their bits
-            w.data = w.data.to(torch.bfloat16)
-            w.grad_dtype = torch.float32            # the gradients of micro-batches are added up in float32
+        masters = [torch.nn.Parameter(weight.detach().clone()) for weight in masters]
+        # Only the weights become bfloat16. The buffers of RoPE need all their bits.
+        for weight in model.parameters():
+            weight.data = weight.data.bfloat16()
+            weight.grad_dtype = torch.float32       # to add up the gradients of micro-batches
     model.to(config.device)
-    torch.backends.cuda.enable_cudnn_sdp(False)     # cuDNN's attention would compile anew for each length of the cache
-    if config.bf16 and config.device == "cpu":
-        model.set_attn_implementation("eager")      # on a CPU, torch's fused attention is slow in bfloat16
-    # Paper: it does not give the betas and the weight decay. These are those of the authors' code.
-    return torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
+    # cuDNN's attention would compile anew for each length of the text.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    # Paper: it does not give the betas and the weight decay. These are the authors' code's.
+    return torch.optim.AdamW(masters, config.lr, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
 
 
 def optimizer_step(model, optimizer, grad_clip=1.0):
-    """Clip the gradients, take a step and clear them. Returns their norm before clipping; if not finite, no step.
+    """Clip the gradients, take a step and clear them. Returns their norm before clipping.
 
+    If the norm is not finite, no step is taken.
     Paper: it does not give grad_clip. This is the value of the authors' code.
     """
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
     if math.isfinite(norm):
-        # A master is the float32 copy of a weight, in CPU memory. Without --bf16 it is the weight itself.
-        pairs = list(zip(model.parameters(), optimizer.param_groups[0]["params"]))
-        for weight, master in pairs:
+        # Without --bf16 the masters are the weights themselves.
+        masters = optimizer.param_groups[0]["params"]
+        for weight, master in zip(model.parameters(), masters):
             master.grad = None if weight.grad is None else weight.grad.to(master)
         optimizer.step()
-        for weight, master in pairs:
-            weight.data.copy_(master.data, non_blocking=weight.is_cuda)
-    model.zero_grad()                               # a master's gradient stays until the next step replaces it
+        for weight, master in zip(model.parameters(), masters):
+            weight.data.copy_(master.data)
+    model.zero_grad()
     return norm
 
 
 def micro_batches(turns, budget):
-    """Split `turns`, longest first, into lists of at most `budget` tokens with padding. A longer turn is alone."""
-    turns, batches = sorted(turns, key=lambda t: -len(t.prompt) - len(t.completion)), []
+    """Split `turns` into lists of turns of about the same length.
+
+    With its padding, a list has at most `budget` tokens. A longer turn is alone.
+    """
+    turns = sorted(turns, key=lambda t: -len(t.prompt + t.completion))
+    batches = []
     while turns:
-        rows = max(1, budget // (len(turns[0].prompt) + len(turns[0].completion)))
+        rows = max(1, budget // len(turns[0].prompt + turns[0].completion))
         batches.append(turns[:rows])
         turns = turns[rows:]
     return batches
 
 
-def update(model, optimizer, turns, config):
-    """Take the optimiser step(s) of one rollout on Eq. 6. Returns a dict of figures to log (see the README)."""
-    for turn, A in zip(turns, role_advantages([t.reward for t in turns], [t.group for t in turns]).tolist()):
-        turn.advantage = A
-    # A turn with advantage 0 has no gradient. It is left out here, but it counts in the mean over all samples.
-    # Paper: it does not say what to do if all advantages are 0. Here there is no step, because AdamW would still move
-    # the weights, by its momentum and by weight decay.
-    active = [turn for turn in turns if turn.advantage != 0]
-    # A micro-batch holds turns of one part. So w is computed for a whole micro-batch, or not at all.
-    batches = [batch for part in ("first", "critique", "revision")
-               for batch in micro_batches([t for t in active if t.part == part], config.micro_tokens)]
-    stats = {"flat": 1 - len(active) / len(turns), "objective": 0.0, "grad_norm": 0.0}
+def token_weights(model, batch, logp_free, config):
+    """The weights (B, T) of a micro-batch: w of Eq. 4 for revisions, and 1 for all other turns.
 
-    at_rollout, ratios = [], []                     # (log pi_old, w) of each micro-batch; w of all tokens of revisions
+    batch: Turns of one part. logp_free: (B, T), their log-probs without a critique. The log-probs
+    with it come from the same kind of pass and not from `generate`: in bfloat16 the two differ.
+    """
+    w = torch.ones_like(logp_free)
+    if batch[0].part == "revision":
+        prompts, completions = [t.prompt for t in batch], [t.completion for t in batch]
+        with torch.no_grad():
+            logp_guided, _ = completion_logprobs(model, prompts, completions, config.temperature)
+        w = calibration_ratio(logp_free, logp_guided)
+    for turn, row in zip(batch, w.tolist()):
+        turn.weights = row[:len(turn.completion)]
+    return w
+
+
+def update(model, optimizer, turns, config):
+    """Take the optimiser step(s) of one rollout on Eq. 6. Returns a dict of figures to log."""
+    advantages = role_advantages([t.reward for t in turns], [t.group for t in turns])
+    for turn, advantage in zip(turns, advantages.tolist()):
+        turn.advantage = advantage
+    # A turn with advantage 0 has no gradient. It is left out, but it counts in the mean over all.
+    # Paper: it does not say what to do if all advantages are 0. Here there is no step, because
+    # AdamW would still move the weights, by its momentum and by weight decay.
+    active = [turn for turn in turns if turn.advantage != 0]
+    batches = []                                    # each holds turns of one part
+    for part in ("first", "critique", "revision"):
+        batches += micro_batches([t for t in active if t.part == part], config.micro_tokens)
+    figures = {"flat": 1 - len(active) / len(turns), "objective": 0.0, "grad_norm": 0.0}
+    at_rollout = []                                 # (log pi_old, w) of each micro-batch
     for inner in range(config.inner_steps if active else 0):
-        for index, batch in enumerate(batches):
-            sampled = [t.completion for t in batch]
-            logp, mask = completion_logprobs(model, [t.free_prompt for t in batch], sampled, config.temperature)
+        for number, batch in enumerate(batches):
+            prompts, completions = [t.free_prompt for t in batch], [t.completion for t in batch]
+            logp, mask = completion_logprobs(model, prompts, completions, config.temperature)
             if inner == 0:
-                # No weight has moved yet, so this pass gives log pi_old too, and the numerator of w. The denominator
-                # comes from the same kind of pass, not from the sampler: in bfloat16 the two would differ.
-                w = torch.ones_like(logp)
-                if batch[0].part == "revision":
-                    with torch.no_grad():
-                        guided, _ = completion_logprobs(model, [t.prompt for t in batch], sampled, config.temperature)
-                    w = calibration_ratio(logp, guided)
-                    ratios += w[mask.bool()].tolist()
-                at_rollout.append((logp.detach(), w))
-            logp_old, w = at_rollout[index]
+                # No weight has moved yet, so this pass gives log pi_old, too.
+                at_rollout.append((logp.detach(), token_weights(model, batch, logp, config)))
+            logp_old, w = at_rollout[number]
             A = torch.tensor([turn.advantage for turn in batch], device=logp.device)
-            # icrl_objective is a mean over this micro-batch. The factor makes it a part of the mean over all turns, so
-            # that the gradients of the micro-batches add up to exactly the gradient of the whole batch.
+            # icrl_objective is a mean over this micro-batch. The factor makes it a part of the
+            # mean over all turns. So the gradients of the micro-batches add up to exactly the
+            # gradient of the whole batch.
             J = icrl_objective(logp, logp_old, A, w, mask) * len(batch) / len(turns)
             (-J).backward()
-            stats["objective"] += J.item() / config.inner_steps
-        stats["grad_norm"] = optimizer_step(model, optimizer)
-    if not math.isfinite(stats["objective"] + stats["grad_norm"]):
-        stats.update(grad_norm=None, objective=None)
-    return {**stats, "w_mean": mean(ratios)}
+            figures["objective"] += J.item() / config.inner_steps
+        figures["grad_norm"] = optimizer_step(model, optimizer)
+    ratios = [w for turn in active if turn.part == "revision" for w in turn.weights]
+    return {**figures, "w_mean": mean(ratios), "w_capped": mean(w == 2.0 for w in ratios)}
 
 
-# ---------------------------------------------------------------------------------------------------------- training
+# -------------------------------------------------------------------------------------- training
+
+def train(config):
+    """Train as `config` says. Returns the rows of metrics.jsonl: step 0, and one for each step.
+
+    A run may be stopped at any moment. With --resume it goes on from its last checkpoint. On a
+    CPU the result then equals that of an uninterrupted run, bit for bit.
+    """
+    run, problems, heldout, model, tokenizer, optimizer, metrics = prepare(config)
+    for step in tqdm(range(len(metrics), config.steps + 1), desc=str(run)):
+        # Each step has its own seed. So a resumed run needs no saved random state, and an
+        # evaluation between two steps changes nothing. The factor is a prime, larger than any
+        # number of steps.
+        torch.manual_seed(1_000_003 * config.seed + step)
+        places = range((step - 1) * config.queries, step * config.queries)
+        batch = [problems[place % len(problems)] for place in places]
+
+        turns = rollout(model, tokenizer, batch, config)
+        figures = update(model, optimizer, turns, config)
+        metrics.append({"step": step, **rollout_figures(turns), **figures})
+
+        write_turns(run / f"{step}-training.jsonl", turns, batch)
+        if step == config.steps or step % config.eval_every == 0:
+            show_sessions(turns, batch, tokenizer)
+            log = run / f"{step}-heldout.jsonl"
+            metrics[-1]["heldout"] = evaluate(model, tokenizer, heldout, config, log)
+            save(run, model, tokenizer, optimizer, metrics)
+        write_json(run / "metrics.jsonl", metrics)
+    return metrics
+
+
+def prepare(config):
+    """Load all that `train` needs. For a new run, measure the accuracy before training."""
+    if config.device == "cpu":
+        torch.set_num_threads(1)            # with small matrices, more threads wait for each other
+    problems, heldout = load_problems(config.data), load_problems(config.heldout)
+    random.Random(config.seed).shuffle(problems)            # the order of every epoch
+    if {p["problem"] for p in problems} & {p["problem"] for p in heldout}:
+        raise UsageError("--data and --heldout share problems; remove them from one of the two")
+    model, tokenizer = load_model(config.model, config)
+    check_context(model, tokenizer, problems + heldout, config)
+    optimizer = make_optimizer(model, config)
+    run = Path(config.resume or config.out)
+    run.mkdir(parents=True, exist_ok=config.resume != "")   # two runs never share a folder
+    write_json(run / "config.json", [vars(config)])
+    metrics = restore(run, model, optimizer)
+    if not metrics:
+        before = evaluate(model, tokenizer, heldout, config, run / "0-heldout.jsonl")
+        metrics = [{"step": 0, "heldout": before}]
+    accuracy = metrics[0]["heldout"]["accuracy without critique"]
+    tqdm.write(f"before training: accuracy {accuracy:.2f}")
+    return run, problems, heldout, model, tokenizer, optimizer, metrics
+
 
 def load_model(name, config):
-    """Load a Hugging Face checkpoint: (model, tokenizer). The model is float32, in CPU memory, without dropout.
+    """Load a Hugging Face checkpoint: (model, tokenizer). The model is float32, in CPU memory.
 
     Raises UsageError for a model with which sampling or training would go wrong.
     """
-    try:
-        if hasattr(AutoConfig.from_pretrained(name), "quantization_config") or list(Path(name).glob("adapter_*")):
-            raise ValueError("it is quantised or a LoRA adapter, and cannot be trained here; use the full model")
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
-        if report["missing_keys"] or not all(weight.isfinite().all() for weight in model.parameters()):
-            raise ValueError("some of its weights are missing or not finite")
-        check_model(model, tokenizer)
-        if config.checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-    except Exception as error:                      # a damaged folder can raise anything
-        raise UsageError(f"cannot use the model {name!r}: {' '.join(str(error).split())[:300]}") from error
-    for part in (model.config, model.config.get_text_config(), *model.modules()):
-        for attribute, value in list(vars(part).items()):
-            # With dropout, rho would not be 1 before the first step.
-            if isinstance(value, float) and "drop" in attribute:
-                setattr(part, attribute, 0.0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        name, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    if report["missing_keys"] or getattr(model.config, "quantization_config", None):
+        raise UsageError(f"{name}: weights are missing or quantised; use the full model")
+    # Some checkpoints ask for outputs that are of no use here, and that cannot be saved.
+    for switch in ("output_attentions", "output_hidden_states", "output_router_logits"):
+        setattr(model.config.get_text_config(), switch, False)
+    if config.checkpointing:
+        model.activation_checkpointing_enable()
+    check_model(model, tokenizer)
     return model, tokenizer
 
 
+# Models that sample from another policy than the one that is scored, by less than the test below
+# can see (transformers 5.24).
+UNFIT = {"zamba2", "nemotron_h", "recurrent_gemma"}
+
+
 def check_model(model, tokenizer):
-    """Raise ValueError if prompts or samples of this model would be wrong. "zebra" is a word that is easy to find."""
-    prompt, stops = encode_chat(tokenizer, critic_messages("zebra", "quokka")), stop_tokens(model, tokenizer)
-    known = model.get_input_embeddings().num_embeddings
-    if not stops or "zebra" not in tokenizer.decode(prompt) or max(*prompt, *stops) >= known:
-        raise ValueError("its tokenizer loses text, has no end-of-sequence token, or makes ids beyond the embeddings")
-    # Read the second half of the prompt at once. Then read it as `sample` does: row 0 is the whole prompt, row 1 is its
-    # second half behind padding. Read both up to their last token, drop row 0, and read the last token of row 1. A
-    # model that keeps no key-value cache, or looks at padding or at later tokens, gives other logits. Its samples would
-    # be wrong without any message.
-    half, ids, cache = len(prompt) // 2, torch.tensor([prompt, prompt]), DynamicCache(config=model.config)
-    mask = (torch.arange(len(prompt)) >= torch.tensor([[0], [half]])).long()
-    one = GenerationConfig(max_new_tokens=1, output_logits=True, return_dict_in_generate=True, pad_token_id=prompt[0])
+    """Raise UsageError if prompts lose text, or if samples are not what the log-probs say."""
+    if not tokenizer.chat_template:
+        raise UsageError("this model has no chat template; use its instruct version")
+    line = "3 + 4 = 7\n\\boxed{x y}"
+    prompts = [encode_chat(tokenizer, line * n) for n in range(1, 9)]
+    if line not in tokenizer.decode(prompts[0]):
+        raise UsageError("the tokenizer or the chat template of this model changes the problem")
+    if min(stop_tokens(model, tokenizer), default=-1) < 0:
+        raise UsageError("this model has no valid token for the end of a text (eos_token_id)")
+    # Prompts of unlike length in one batch. A model that looks at the padding or at later tokens,
+    # or that has dropout, finds some of its own greedy samples unlikely.
+    completions, _ = sample(model, tokenizer, prompts, max_new_tokens=20, temperature=0)
     with torch.no_grad():
-        at_once = model.eval()(input_ids=ids[1:, half:], use_cache=False).logits[0, -1]
-        model.generate(ids[:, :-1], attention_mask=mask[:, :-1], cache=cache, generation_config=one)
-        cache.reorder_cache(torch.tensor([1]))
-        in_parts = model.generate(ids[1:], attention_mask=mask[1:], cache=cache, generation_config=one).logits[0][0]
-    if cache.get_seq_length() != len(prompt) or (at_once - in_parts).abs().max() > 1e-3 * at_once.abs().max():
-        raise ValueError("it cannot continue from a key-value cache; use a causal model with attention")
+        logp, _ = completion_logprobs(model, prompts, completions, temperature=0.01)
+    if not logp.min() > -5 or model.config.model_type in UNFIT:
+        raise UsageError("this model does not sample what its log-probs say (or it has dropout)")
 
 
 def check_context(model, tokenizer, problems, config):
-    """Raise UsageError, before anything is sampled, if one of the longest problems does not fit in the context."""
-    settings = model.config.get_text_config()
-    context, rope = (getattr(settings, name, None) for name in ("max_position_embeddings", "rope_parameters"))
-    # With longrope, beyond this length a row would depend on the other rows of its batch.
-    if rope and rope.get("rope_type") == "longrope":
-        context = rope["original_max_position_embeddings"]
-    for problem in sorted((p["problem"] for p in problems), key=len)[-8:]:
-        # The longest input is the critic's: it reads the problem and an attempt, and then writes.
-        prompt = encode_chat(tokenizer, critic_messages(problem, ""))
-        if context and len(prompt) + config.max_response + config.max_critique > context:
-            raise UsageError(f"{problem[:40]!r} may need more than the model's {context} tokens; lower --max_response")
+    """Raise UsageError, before anything is sampled, if a problem does not fit in the context."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    longest = max((p["problem"] for p in problems), key=lambda text: len(text.encode()))
+    # The longest input is the critic's: it reads the problem and an attempt, and then writes.
+    prompt = encode_chat(tokenizer, critic_prompt(longest, ""))
+    if len(prompt) + config.max_response + config.max_critique > context:
+        raise UsageError(f"{longest[:40]!r} does not fit in {context} tokens; lower --max_response")
 
 
-def problems_of_step(problems, step, config):
-    """The problems of a step (from 1). Each epoch has its own order, which depends only on the seed."""
-    places = [divmod(i, len(problems)) for i in range((step - 1) * config.queries, step * config.queries)]
-    order = {epoch: np.random.default_rng([config.seed, epoch]).permutation(len(problems)) for epoch, _ in places}
-    return [problems[order[epoch][i]] for epoch, i in places]
+def save(run, model, tokenizer, optimizer, metrics):
+    """Save the model in run/model, and in run/checkpoint.pt what --resume needs."""
+    model.save_pretrained(run / "model")
+    tokenizer.save_pretrained(run / "model")
+    masters = optimizer.param_groups[0]["params"]
+    saved = {"masters": masters, "optimizer": optimizer.state_dict(), "metrics": metrics}
+    torch.save(saved, run / "unfinished.pt")
+    # A crash before this line leaves the old checkpoint as it was.
+    (run / "unfinished.pt").replace(run / "checkpoint.pt")
+
+
+def restore(run, model, optimizer):
+    """Go back to the last checkpoint of a run. Returns its metrics: [] if there is none."""
+    if not (run / "checkpoint.pt").exists():
+        return []
+    saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+    masters = optimizer.param_groups[0]["params"]
+    for weight, master, value in zip(model.parameters(), masters, saved["masters"]):
+        weight.data.copy_(value)
+        master.data.copy_(value)
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["metrics"]
 
 
 def mean(values):
@@ -565,563 +643,412 @@ def mean(values):
     return float(sum(values) / len(values)) if values else None
 
 
-MEASURES = {"reward": lambda t: t.reward, "tokens": lambda t: len(t.completion), "truncated": lambda t: t.truncated}
+def rollout_figures(turns):
+    """Tokens of a rollout, and the mean reward and the share cut off of its three parts."""
+    figures = {"tokens": sum(len(turn.completion) for turn in turns)}
+    for part in ("first", "critique", "revision"):
+        of_part = [turn for turn in turns if turn.part == part]
+        figures[f"{part}_reward"] = mean(turn.reward for turn in of_part)
+        figures[f"{part}_truncated"] = mean(turn.truncated for turn in of_part)
+    return figures
 
 
-def rollout_stats(turns):
-    """Mean reward, mean length and share cut off, of first attempts, critiques and revisions: {"first_reward": ...}."""
-    return {f"{part}_{name}": mean(measure(t) for t in turns if t.part == part)
-            for part in ("first", "critique", "revision") for name, measure in MEASURES.items()}
+def write_json(path, rows):
+    """Write a line of JSON for each row."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def session_lines(turns, problems, step):
-    """The turns as text: a line of JSON for each."""
-    return "".join(json.dumps({
-        "step": step, "problem": problems[t.query]["problem"], "session": t.session, "part": t.part, "text": t.text,
-        "reward": t.reward, "truncated": t.truncated}) + "\n" for t in turns)
+def write_turns(path, turns, problems):
+    """Write a line of JSON for each turn."""
+    write_json(path, [
+        {"problem": problems[turn.query]["problem"], "session": turn.session, "part": turn.part,
+         "text": turn.text, "reward": turn.reward, "truncated": turn.truncated} for turn in turns])
 
 
-def show_sessions(turns, problems):
-    """Print one session for each kind of problem: one in which a critique helped, if there is one."""
-    best_last = sorted(turns, key=lambda t: (t.part == "critique", t.reward))
-    chosen = {str(problems[t.query].get("kind")): t.session for t in best_last}             # the last one of each kind
-    for t in (t for t in turns if t.session in chosen.values()):
-        problem = f"\n  problem   {problems[t.query]['problem']}\n" if t.part == "first" else ""
-        tqdm.write(f"{problem}  {t.part:9} {t.text.strip()}  -> reward {t.reward:g}")
+def show_sessions(turns, problems, tokenizer):
+    """Print a session for each kind of problem: one in which a critique helped, if there is one."""
+    tqdm.write("\nOne session of each kind. «Tokens» between these marks have w < 0.1.")
+    for kind in sorted({problem["kind"] for problem in problems}):
+        of_kind = [turn for turn in turns if problems[turn.query]["kind"] == kind]
+        helped = [turn for turn in of_kind if turn.part == "critique" and turn.reward > 0]
+        shown = (helped or of_kind)[0]
+        tqdm.write(f"\n  problem   {problems[shown.query]['problem']}")
+        for turn in of_kind:
+            if turn.session == shown.session:
+                text = marked_text(turn, tokenizer)
+                tqdm.write(f"  {turn.part:9} {text}  -> reward {turn.reward:g}")
 
 
-def save(run, model, tokenizer, optimizer, state):
-    """Save the model in run/model (bfloat16 with --bf16), and in run/checkpoint.pt what --resume needs.
+def marked_text(turn, tokenizer):
+    """The text of a turn. Its tokens with w below 0.1 stand between « and »."""
+    pieces = [tokenizer.decode(token, skip_special_tokens=True) for token in turn.completion]
+    for t, w in enumerate(turn.weights):
+        if w < 0.1 and pieces[t]:
+            pieces[t] = f"«{pieces[t]}»"
+    return "".join(pieces).replace("»«", "").strip()
 
-    A crash leaves the old checkpoint as it was.
+
+# ------------------------------------------------------------------------------------ evaluation
+
+def evaluate(model, tokenizer, problems, config, log=None, critic=None):
+    """Measure what the solver can do without critique, and what a critique adds.
+
+    Returns a dict of figures. log: a file for all turns. critic: another model for the critiques.
+    The random draws are the same at every call. An attempt counts as right if it earns 1.
     """
-    weights = [weight.detach() for weight in optimizer.param_groups[0]["params"]]      # float32, with --bf16 too
-    try:
-        model.save_pretrained(run / "model")
-        tokenizer.save_pretrained(run / "model")
-        torch.save({"weights": weights, "optimizer": optimizer.state_dict(), "state": state}, run / "unfinished.pt")
-    except Exception as error:                      # torch and safetensors have their own errors for a full disk
-        raise UsageError(f"cannot save a checkpoint in {run} (is the disk full?): {error}") from error
-    (run / "unfinished.pt").replace(run / "checkpoint.pt")
+    torch.manual_seed(config.seed)
+    config = dataclasses.replace(config, method="icrl", rounds=2, samples=config.eval_samples)
+    turns = rollout(model, tokenizer, problems, config, critic)
+    if log:
+        write_turns(log, turns, problems)
+    first = [turn for turn in turns if turn.part == "first"]
+    fixed = [turn.reward == 1 for turn in turns if turn.part == "revision"]
+    accuracy = mean(turn.reward == 1 for turn in first)
+    figures = {"accuracy without critique": accuracy}
+    for kind in sorted({problem["kind"] for problem in problems} - {""}):
+        right = [turn.reward == 1 for turn in first if problems[turn.query]["kind"] == kind]
+        figures[f"  {kind}"] = mean(right)
+    figures["accuracy after one critique"] = accuracy + sum(fixed) / len(first)
+    figures["wrong answers that a critique fixes"] = mean(fixed)
+    figures["interval"] = interval(accuracy, len(problems))
+    return figures
 
 
-def restore(run, model, optimizer):
-    """Load the weights and the optimiser's state from run/checkpoint.pt. Returns the state of the run."""
-    try:
-        saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
-        # The settings of AdamW, such as --lr, are those of this run. Only its moments come from the checkpoint.
-        optimizer.load_state_dict({**saved["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})
-        targets = [*model.parameters(), *optimizer.param_groups[0]["params"]]          # the same without --bf16
-        for target, tensor in zip(targets, saved["weights"] * 2, strict=True):
-            target.data.copy_(tensor)
-        return saved["state"]
-    except Exception as error:                      # a damaged file can raise anything
-        raise UsageError(f"{run / 'checkpoint.pt'} is damaged, or of another model: {error}") from error
+def interval(p, n):
+    """Wilson's 95% interval (low, high) of a share p of n problems. It has a width at 0 and 1 too.
 
-
-def train(config):
-    """Train as `config` says, in the folder config.out. Returns the state of the run, with its evaluations.
-
-    A run may be stopped at any moment. With --resume it continues from its last checkpoint. On a CPU the result then
-    equals that of an uninterrupted run, bit for bit.
+    With several attempts per problem it is wider than need be.
     """
-    check(config)
-    run = Path(config.out)
-    if run.exists() and any(run.iterdir()) and not config.resume:
-        raise UsageError(f"{run} is not empty; continue that run with --resume {run}, or choose another --out")
-    problems, heldout = load_problems(config.data) if config.steps else [], load_problems(config.heldout)
-    if {p["problem"] for p in problems} & {p["problem"] for p in heldout}:
-        raise UsageError(f"some problems of {config.heldout} are in {config.data} too; remove them from one of the two")
-    model, tokenizer = load_model(config.model, config)
-    check_context(model, tokenizer, problems + heldout, config)
-    optimizer = make_optimizer(model, config)
-    if config.device == "cpu" and model.num_parameters() < 10**7:
-        torch.set_num_threads(1)                    # with small matrices, several threads mostly wait for each other
-    state = restore(run, model, optimizer) if (run / "checkpoint.pt").exists() else dict(step=0, tokens=0, bytes=(0, 0))
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
-    if "before" not in state:
-        state["before"] = evaluate(model, tokenizer, heldout, config, run / "heldout-0.jsonl")
-    with open(run / "metrics.jsonl", "a") as metrics, open(run / "sessions.jsonl", "a") as sessions:
-        for file, size in zip((metrics, sessions), state["bytes"]):
-            file.truncate(min(size, file.tell()))   # a resumed run repeats what came after its checkpoint
-        bar = tqdm(range(state["step"] + 1, config.steps + 1), desc=str(run), total=config.steps, initial=state["step"])
-        for step in bar:
-            # Each step has its own seed. So a resumed run needs no saved random state, and an evaluation between two
-            # steps changes nothing. (The factor is a prime, larger than any number of steps.)
-            torch.manual_seed(1_000_003 * config.seed + step)
-            batch = problems_of_step(problems, step, config)
-            turns = rollout(model, tokenizer, batch, config)
-            tokens = state["tokens"] + sum(len(t.completion) for t in turns)
-            row = {"step": step, "tokens": tokens, **rollout_stats(turns), **update(model, optimizer, turns, config)}
-            bar.set_postfix({name: row[name] for name in ("first_reward", "revision_reward") if row[name] is not None})
-            if step == config.steps or config.eval_every and step % config.eval_every == 0:
-                state["after"] = evaluate(model, tokenizer, heldout, config, run / f"heldout-{step}.jsonl")
-                row["heldout"] = state["after"]
-                tqdm.write(f"step {step}: accuracy {row['heldout']['pass@1']:.2f}; training sessions of this step:")
-                show_sessions(turns, batch)
-            print(json.dumps(row), file=metrics, flush=True)
-            sessions.write(session_lines(turns, batch, step))
-            state |= {"step": step, "tokens": tokens, "bytes": (metrics.tell(), sessions.tell())}
-            if step == config.steps or config.save_every and step % config.save_every == 0:
-                save(run, model, tokenizer, optimizer, state)
-    return state
-
-
-# -------------------------------------------------------------------------------------------------------- evaluation
-
-def interval(means):
-    """The 95% interval (low, high) of the mean of `means`, an array with one mean in [0, 1] per problem.
-
-    With one sample per problem this is Wilson's interval. It has a width even if all means are 0, or all are 1.
-    """
-    n, z = len(means), 1.96
-    middle, half = mean(means) + z**2 / (2 * n), z * math.sqrt(means.var() / n + z**2 / (4 * n**2))
+    z = 1.96
+    middle = p + z**2 / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     return (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
 
 
-def evaluate(model, tokenizer, problems, config, log=None, critic=None):
-    """Measure what the solver can do without critique, and what critiques add. Returns a dict of figures.
-
-    Here right attempts are criticised too, although the critic's prompt calls them failed. log: a file for all turns.
-    critic: another model for the critiques. The problems and the random draws are the same at every call, and no
-    randomness of the training is used up.
-    """
-    if len(problems) > config.eval_problems:        # not the first ones: a file may be ordered by subject
-        problems = np.random.default_rng(0).choice(problems, config.eval_problems, replace=False).tolist()
-    config = dataclasses.replace(config, method="icrl", rounds=max(2, config.rounds), samples=config.eval_samples)
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(config.seed)
-        turns = rollout(model, tokenizer, problems, config, critic, gated=False)
-    if log:
-        log.write_text(session_lines(turns, problems, None))
-    # With gated=False each session has exactly K attempts: (K, sessions).
-    rewards = np.array([t.reward for t in turns if t.part != "critique"]).reshape(-1, config.rounds).T
-    first, second, by_query = rewards[0], rewards[1], rewards[0].reshape(len(problems), -1)
-    low, high = interval(by_query.mean(1))
-    # With k = 1, pass@k is pass@1: the same key and the same value.
-    figures = {f"pass@{config.samples}": mean(by_query.max(1)), "pass@1": mean(first), "95% from": low, "95% to": high,
-               "put right": mean(second[first < 1] == 1), "put wrong": mean(second[first == 1] < 1)}
-    kinds = np.array([str(problems[t.query].get("kind") or "") for t in turns if t.part == "first"])
-    by_kind = {f"pass@1 {kind}": mean(first[kinds == kind]) for kind in sorted({*kinds} - {""})}
-    for round_number in range(1, config.rounds):    # a right attempt would end the session, so it stays right
-        first = np.where(first == 1, first, rewards[round_number])
-        figures[f"after {round_number} critique"] = mean(first)
-    lengths = {name: value for name, value in rollout_stats(turns).items() if name.endswith(("tokens", "truncated"))}
-    return figures | lengths | by_kind
-
-
-# ---------------------------------------------------------------------------------------------------------- problems
-
-def problem_and_answer(row):
-    """The problem and its answer, two strings, in a row of a data file. Raises ValueError if it has none."""
-    row = {k.lower(): v for k, v in {**row, **(row.get("reward_model") or {})}.items() if v not in (None, "")}
-    problem = row.get("problem", row.get("question", row.get("prompt", "")))
-    problem = problem[-1]["content"] if isinstance(problem, list) else problem         # of a chat: the last turn
-    answers = row.get("answer", row.get("final_answer", row.get("solution", row.get("ground_truth", ""))))
-    answers = answers if isinstance(answers, list) else [answers]
-    if not all(type(value) in (str, int, float) for value in answers):
-        raise ValueError(f"the answer {answers} is neither text nor a number")
-    answer = ", ".join(map(str, answers)).rpartition("####")[2].strip()                # GSM8K: behind the mark
-    answer = (extract_answer(answer) or "") if "boxed" in answer else answer           # MATH: in the last box
-    if not problem.strip() or not is_correct(rf"\boxed{{{answer}}}", answer):
-        raise ValueError(f"no problem, or no answer that fits in a box, under the keys {', '.join(row)}")
-    json.dumps([problem, *answers], allow_nan=False, ensure_ascii=False).encode()      # NaN and lone surrogates raise
-    return problem.strip(), answer
-
+# -------------------------------------------------------------------------------------- problems
 
 def load_problems(path):
-    """Read problems from a JSONL file: a list of dicts with at least "problem" and "answer", both strings.
+    """Read problems from a JSONL file: a list of dicts with "problem", "answer" and "kind".
 
-    A line has its text under "problem", "question" or "prompt", and its answer under "answer", "final_answer",
-    "solution" or "ground_truth": the bare answer, a list of answers, a GSM8K solution (after "####") or a MATH solution
-    (in its last box). Exact repeats are dropped. Any other line that cannot be used is an error, because to train on a
-    part of the file without a word would be worse. Raises UsageError with the numbers of the first bad lines.
+    The text is under "problem" or "question". The answer is under "answer" or "solution": bare, a
+    list, behind "####" (GSM8K), or in the last box (MATH). Exact repeats are dropped. Any other
+    line that cannot be used is an error, because to train on a part of the file without a word
+    would be worse. Raises UsageError with the number of the line.
     """
-    problems, bad, repeats = {}, [], 0
-    text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
-    lines = enumerate(text.split("\n"), 1)                    # splitlines() would also split inside strings
-    for number, line in ((number, line) for number, line in lines if line.strip()):
+    problems = {}
+    lines = Path(path).read_text(encoding="utf-8-sig").strip().split("\n")
+    for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            problem, answer = problem_and_answer(row)
-            if problems.get(problem, {"answer": answer})["answer"] != answer:
+            problem = read_problem(json.loads(line))
+            if problems.setdefault(problem["problem"], problem)["answer"] != problem["answer"]:
                 raise ValueError("the same problem has another answer further up")
-            repeats += problem in problems
-            problems[problem] = {**row, "problem": problem, "answer": answer}
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            bad.append(f"line {number}: {error}")
-    if bad or not problems:
-        raise UsageError(f"{path}: {len(bad)} lines cannot be used ({'; '.join(bad[:3]) or 'the file is empty'}). Each "
-                         'line must be one object, such as {"problem": "1 + 1?", "answer": "2"}')
-    if repeats:
-        print(f"{path}: {repeats} lines repeat an earlier problem and its answer; each is used once")
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UsageError(f"{path}, line {number}: {error!r}. A line must be like "
+                             '{"problem": "1 + 1?", "answer": "2"}') from error
     return list(problems.values())
 
 
-# --------------------------------------------------------------------------------------------------- answer checking
+def read_problem(row):
+    """The problem, its answer and its kind, three strings, in a row of a data file."""
+    problem = row["problem"] if "problem" in row else row["question"]
+    answer = row["answer"] if "answer" in row else row["solution"]
+    if str(answer).startswith('["'):
+        answer = json.loads(answer)                 # some data sets have a list as text
+    if isinstance(answer, list):
+        answer = ", ".join(answer)
+    answer = str(answer).rpartition("####")[2].strip()
+    if r"\boxed" in answer:
+        answer = extract_answer(answer) or ""
+    words = re.findall("[A-Za-z]{2,}", re.sub(r"\\[A-Za-z]+|\{[a-z]*\}", " ", answer))
+    labelled = re.match(r"\(?[A-F][.):]+ *[^\s.,)]", answer)
+    if labelled or len(words) > 5 or not is_correct(rf"\boxed{{{answer}}}", answer):
+        raise ValueError(f"no model can give the answer {answer!r}: it is a sentence, or labelled")
+    return {"problem": problem.strip(), "answer": answer, "kind": str(row.get("kind", ""))}
+
+
+# ------------------------------------------------------------------------------- answer checking
 #
-# is_correct finds the box of a response and compares its content with the gold answer in three stages:
-#   1. normalise      bring both to one spelling: \dfrac34 and \frac{3}{4}, 1,234 and 1234, 8 cm and 8\text{cm}.
-#   2. same           take lists, equations, intervals and tuples apart and compare them piece by piece.
-#   3. Formula        compute what is left. Two formulas are equal if their values are, with the same three random
-#                     values for each variable on both sides.
-# Nothing is handed to Python or sympy to run. What Formula cannot read is compared as text.
-# Some rules are policies: other checkers decide otherwise. They are marked "Policy".
+# is_correct compares the last box of a response with the gold answer, in three steps:
+#   1. normalise   Bring both to one spelling: \dfrac12 is \frac1{2}, and 1,234 is 1234.
+#   2. same        Take lists, names, tuples and units apart.
+#   3. Formula     Compute what is left. Two formulas are equal if their values are, when each
+#                  variable has the same random value in both.
+# What cannot be computed is compared as text. Nothing is handed to Python or sympy to run.
+# A checker that accepts a wrong answer trains the model to give it. So what no list below knows
+# is never dropped: 5 cm is 5, but 3 million is not 3.
 
-# 1. The spelling that is used below, and other spellings of it. Commands that only change the looks are replaced by
-# nothing. Policy: so are the signs % and °, which an answer may carry or leave out. But 35% is not 0.35.
+# Our spelling: the other spellings. A matrix is ⟦(1,2),(3,4)⟧, and a set is ⦃1,2⦄.
 SPELLINGS = {
-    "": r"\left \right \big \Big \bigl \bigr \displaystyle \mathbf \, \; \: \! \( \) \[ \] $ % \% ° ^° ^\circ ^{\circ}",
-    r"\text": r"\mbox \textbf \textrm \textnormal \mathrm \operatorname \boxed", " ": r"~ \quad \qquad", "{": r"\{",
-    r"\frac": r"\dfrac \tfrac \cfrac", r"\frac12": "½", r"\frac34": "¾", r"\binom": r"\dbinom \tbinom", "$": r"\$ € £",
-    r"\sqrt ": "√", r"\sqrt[3]": "∛", "^": "**", "^2": "²", "^3": "³", r"\pi ": "π", r"\theta ": "θ", "'": r"\prime",
-    "*": r"\cdot \times × ·", "/": r"\div ÷", "-": "− –", "±": r"\pm", "∓": r"\mp", "…": r"\ldots \cdots \dots ...",
-    "<": r"\lt", ">": r"\gt", "≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=", "≠": r"\ne \neq",
-    "=": r"\equiv ≡", "≈": r"\approx", "∈": r"\in", "∪": r"\cup", "∖": r"\setminus", "∞": r"\infty", "ℝ": r"\mathbb{R}",
-    "∅": r"\emptyset \varnothing", "}": r"\}", "(": r"\langle", ")": r"\rangle \rfloor \rceil", ",": "{,} &",
-    r"\floor(": r"\lfloor", r"\ceil(": r"\lceil", "|": r"\lvert \rvert \mid", ";": r"\\ \\\\", "inch": "inches"}
-SPELLING = {other: form for form, others in SPELLINGS.items() for other in others.split()}
-SPELLING |= {chr(code + 0xFEE0): chr(code) for code in range(ord("!"), ord("~") + 1)}           # full width, as in １２
-OTHER = "|".join(re.escape(other) + (r"(?![A-Za-z])" if other[-1].isalpha() else "")
-                 for other in sorted(SPELLING, key=len, reverse=True))                          # the longest first
+    "": r"\left \right \big \Big \displaystyle", " ": r"\( \) \[ \] $ % \% ~ \, \; \: \quad \qquad",
+    "⟦(": r"\begin{pmatrix} \begin{bmatrix} \begin{matrix}", "),(": r"\\", r"\frac12": "½",
+    ")⟧": r"\end{pmatrix} \end{bmatrix} \end{matrix}", "⦃": r"\{", "⦄": r"\}", "$": r"\$",
+    r"\frac": r"\dfrac \tfrac \cfrac", r"\text": r"\mathrm \mbox \textbf \operatorname", "^": "**",
+    "*": r"\cdot \times × ·", "/": r"\div ÷", "-": "− –", "±": r"\pm", ",": "{,} & ;", "<": r"\lt",
+    ">": r"\gt", "≤": r"\le \leq <=", "≥": r"\ge \geq >=", "≠": r"\ne \neq", "=": r"\in ∈",
+    "∪": r"\cup", "∞": r"\infty", "°": r"\circ", "^2": "²", "^3": "³", r"\pi ": "π", r"\sqrt ": "√"}
+OURS = {other: ours for ours, others in SPELLINGS.items() for other in others.split()}
+# What is looked up there: a command or a sign.
+SIGN = r"\\(?:begin|end)\{[a-z]*\}|\\[A-Za-z]+|\\.|\*\*|[<>]=|\{,\}|[^A-Za-z0-9 ]"
 
+# A variable is x, a_1, \omega or R_{max}. A name is a variable, f(x) or (x,y).
+GREEK = "alpha|beta|gamma|delta|epsilon|eta|theta|lambda|mu|nu|rho|sigma|tau|phi|psi|omega|hbar"
+VARIABLE = rf"(?:[A-Za-z]|\\(?i:{GREEK})(?![A-Za-z]))(?:_[A-Za-z0-9]|_\{{[^{{}}]*\}})?'*"
+NAME = rf"(?:^|(?<=,))(?:{VARIABLE}|(?:{VARIABLE})?\({VARIABLE}(?:,{VARIABLE})*\))="
+# The pieces of a formula. 2e3 and 1.5e-7 are numbers, but 2e-1 is twice Euler's number, minus 1.
+# Words, and calls such as f(2x) or I(0), stay in one piece: Formula cannot compute them.
+TOKEN = (rf"[A-Za-z]{{4,}}|[fghuFGHPUXY]'?\(|{VARIABLE}\(\w+\)|\\(?:sin|cos|tan|ln)\(|{VARIABLE}|"
+         r"\d*\.\d+(?:e-?\d{1,2})?|\d+e\d{1,2}|\d+|\\[A-Za-z]+|\S")
+FUNCTIONS = {r"\sin(": cmath.sin, r"\cos(": cmath.cos, r"\tan(": cmath.tan, r"\ln(": cmath.log}
+CONSTANTS = {r"\pi": math.pi, "e": math.e, "i": 1j}
+# A unit may be missing on one side. Two different units make two different answers.
+UNITS = ("mm|cm|km|kg|ft|inch|inches|feet|mile|mph|(?:centi|kilo)?(?:meter|gram)|pound|second|"
+         "minute|hour|day|week|month|year|dollar|cent|percent|degree|unit|point|way|people|student")
+UNIT = rf"(?:(?<=[0-9)}}])| )(?:(?:square |sq |cubic |per |/)?(?:{UNITS})s?(?:\^[23])? ?)+$"
+# The base of a number, as in 204_5.
+BASE = r"(?<=\d)_(?:\d|\{\d+\})$"
 
-def unknown(name):
-    """A random number that depends on the name only."""
-    draw = random.Random(name)
-    return cmath.rect(draw.uniform(1, 4), draw.uniform(0.1, 0.3))
-
-
-def floor(z):
-    """The floor of a real number. For a variable it is some other random number."""
-    return unknown(f"floor {z:.6g}") if z.imag else math.floor(z.real + 1e-9)
-
-
-FUNCTIONS = {name: getattr(cmath, name) for name in "sqrt exp log sin cos tan sinh cosh tanh".split()}
-FUNCTIONS |= {"ln": cmath.log, "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan, "abs": abs,
-              "cot": lambda z: 1 / cmath.tan(z), "sec": lambda z: 1 / cmath.cos(z), "csc": lambda z: 1 / cmath.sin(z),
-              "floor": floor, "ceil": lambda z: -floor(-z)}
-# The parts of a formula, and what has a name: x, x_1, \phi', \dot{x}; a LABEL is also f(x), AB, Area or (p,q).
-CONSTANTS = {r"\pi": math.pi, "e": math.e, "i": 1j, "∞": math.inf}
-GREEK = "alpha|beta|gamma|delta|epsilon|zeta|eta|theta|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|chi|psi|omega|hbar|ell"
-NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?"
-VARIABLE = rf"(?:\\dot(?:\{{\w\}}| ?\w)|[A-Za-z…]|\\(?i:(?:var)?(?:{GREEK}))(?![A-Za-z]))(?:_(?:\{{[^{{}}]*\}}|\w))?'*"
-LABEL = rf"(?:(?:\\Delta ?)?(?:{VARIABLE}|[A-Z]+|[A-Za-z]{{3,}})(?:\([\w,\\]+\))?|\([a-z][\w,{{}}…]*\))"
-# What stands between two braces, with one more pair of braces inside.
-NESTED = r"((?:[^{}]|\{[^{}]*\})*)"
-# Two units that differ are wrong. Policy: any other noun after a number is taken for what is counted, and is not
-# compared: 30 apples is 30. The words of NO_UNIT change the number, so an answer with one is never that number.
-UNITS = r"(?:(?:second|minute|hour|day|week|month|year|dollar|cent|unit|mile|\w*meter)s?|[ckm]m|[km]g|fe*t|inch|[ap]m)"
-NO_UNIT = "(?:ten|hundred|thousand)(?:ths?)?|[a-z]+illion|dozen|half|thirds?|quarters?|squared|more|less|wrong|not?"
-
-REWRITES = [(re.compile(pattern), new) for pattern, new in [
-    # \\frac, escaped twice; the space \ ; a matrix is ⟦1,2;3,4⟧.
-    (r"(?<!\\)\\\\(?=[a-z]{3})", r"\\"), (r"(?<!\\)\\ ", " "), (r"\\! +", ""), (r"\\circ +\}", r"\\circ}"),
-    (r"\\begin\{(?:array\} *\{[^{}]*|[pb]?matrix|cases)\}", "⟦"), (r"\\end\{(?:array|[pb]?matrix|cases)\}", "⟧"),
-    (OTHER, lambda match: SPELLING[match[0]]), (r"(?<=[0-9])\^?\{?(?:\\text *\{)?(?:st|nd|rd|th)\b\}*", ""),
-    # 3 \text{ and } 4 is a list; f(x)=1 \text{ for all } x is f(x)=1; 12^{\text{th}} is 12.
-    (r"[, ]*(?:\\text *\{[, ]*(?:and|or)[, ]*\}|\b(?:and|or)\b)", ","),
-    (r"[, ]*(?:\\text *\{ *)?\bfor (?:all|any|every|each)\b[^,;]*", ""),
-    # Units become \text: 4:30 p.m.; \frac{\text{m}}{\text{s}}; 8 cm; 30 apples; \$5. Policy: mod 5 is a unit, too.
-    (r" *\\text *", r"\\text"), (r"\(? *\\?[pb]?mod *\{?([0-9a-z]+)\}? *\)?", r"\\text{mod\1}"),
-    (r"\\frac\{\\text\{([^{}]+)\}\}\{\\text\{([^{}]+)\}\}", r"\\text{\1/\2}"),
-    (rf"\\text\{{ *([ei]) *\}}|(?<![0-9A-Za-z)}}\]/*])\\text\{{{NESTED}\}}", r" \1\2"),           # but \text{12 feet}
-    (r"(?i)(?<=[0-9]) *(?:\\text\{ *)?([ap])\.? ?m\b\.?(?: *\})?", r"\\text{\1m}"),
-    (rf"(?:(?<=[0-9}}])| )({UNITS}\b|(?<=[0-9)}}] )[a-z]{{3,}}[a-z ]*)", r"\\text{\1}"),
-    # 1,234 is a number, but (1,234) is a pair and 1, 234 a list.
-    (r"(?<![0-9,.(\[{])(?<![(\[{]-)[0-9]{1,3}(?:,[0-9]{3})+(?!,?[0-9])", lambda match: match[0].replace(",", "")),
-    (r"\$ *([0-9]*\.?[0-9]+)", r"\1\\text{dollars}"), (r"\$", ""),
-    # 2^6 3^5 is a product. Other spaces go, but 1 2 is not 12.
-    (r"(\^[0-9]+ |\^\{[0-9]+\} ?|[!)] ?)(?=[0-9])", r"\1*"), (r" +(?![A-Za-z0-9])|(?<![A-Za-z0-9]) +", ""),
-    # There are no brackets around a matrix. Elsewhere (1;2) is (1,2).
-    (r"[,;]+(?=[,;⟧])|[(\[](?=⟦)|(?<=⟧)[)\]]", ""), (r";(?![^⟦⟧]*⟧)", ","), (r"(?<=[0-9}])≈.*", ""),
-    # A factor before a matrix goes into its cells.
-    (r"([^⟦⟧,;=]+)⟦([^⟦⟧]*)⟧", lambda m: "⟦" + re.sub("[^,;]+", lambda cell: f"{m[1]}({cell[0]})", m[2]) + "⟧"),
-    # sqrt(2), \sin^{-1} x, \frac12, \sqrt[3]{2}, |x|, {a \over b}
-    (rf"(?<![\\A-Za-z])(?:np\.)?(pi|{'|'.join(FUNCTIONS)})(?![A-Za-z])", r"\\\1"),
-    (r"\\(sin|cos|tan)\^(?:\{-1\}|-1)", r"\\arc\1"), (r"\\(frac|sqrt|binom) ?([0-9])", r"\\\1{\2}"),
-    (rf"\\sqrt\[([0-9n])\](\{{{NESTED}\}}|\w)", r"{\2^{1/\1}}"), (r"\|([^|]+)\|", r"\\abs(\1)"),
-    (rf"\{{{NESTED}\\over{NESTED}\}}", r"\\frac{\1}{\2}"), (rf"\{{{NESTED}\\choose{NESTED}\}}", r"\\binom{\1}{\2}"),
-    # A mixed number, such as 1\frac{1}{2} or 1 1/2, is a sum, and so is 0.9\overline{6}. 1/3 \approx 0.33 is 1/3.
-    (r"(?<![0-9.^_/])([0-9]+)(\\frac\{[0-9]+\}(?:[0-9]|\{[0-9]+\})| [0-9]+/[0-9]+)", r"(\1+\2)"),
-    (r"(\d*\.)(\d*)\\overline\{(\d+)\}", lambda m: f"({m[1]}{m[2]}0+{m[3]}/{'9' * len(m[3])}{'0' * len(m[2])})"),
-    # Sets of real numbers become inequalities and intervals: {x|x<1}, -x>-1, |x|>8, |x|<8, x≠4, ℝ∖{4}, ℝ∖{4,5}.
-    (r"\{[a-z](?:∈ℝ)?[|:]([^{}]*)\}|^[a-z]∈(?=\{)", r"\1"), (r"^-([a-z])([<>≤≥])(.+)", r"-(\3)\2\1"),
-    (r"^\\abs\(([a-z])\)([>≥])(.+)", r"\1\2\3∪-(\3)\2\1"), (r"^\\abs\(([a-z])\)([<≤])(.+)", r"-(\3)\2\1\2\3"),
-    (r"^(?:[a-z]≠|(?:[a-z]∈)?ℝ∖)([^{},≠]+|\{[^{},]+\})$", r"(-∞,\1)∪(\1,∞)"), ("^(?:[a-z]∈)?ℝ\\.?$", "(-∞,∞)"),
-    (r"^(?:[a-z]∈)?ℝ∖\{([^{},]+),([^{},]+)\}\.?$", r"(-∞,\1)∪(\1,\2)∪(\2,∞)")]]
-
-
-def closing_boxes(text):
-    """The contents of the boxes in the last sentence that has a box. Empty boxes are skipped.
-
-    If the last box is never closed, there is no answer. Text between two boxes such as "no, wait" ends the sentence.
-    """
-    # The end of the text is enough: no reward may take seconds. TeX reads \boxed 7 as \boxed{7}.
-    text = re.sub(r"(\\boxed|\\fbox)\s*([0-9]|[A-Za-z]\b)", r"\1{\2}", text.rstrip()[-50_000:])
-    boxes = []
-    for piece in reversed(re.split(r"\\(?:boxed|fbox)\s*\{", text)[1:]):
-        end = closing_brace(piece)
-        if end is None or boxes and re.search(r"[.!?:]\s|\n\s*\n|\b(?:no|not|wait|but|so|thus)\b", piece[end:]):
-            break
-        if piece[:end].strip():
-            boxes.insert(0, piece[:end].strip())
-    return boxes
-
-
-def closing_brace(text):
-    r"""The position of the brace that closes one before `text`, or None. The braces \{ and \} do not count."""
-    depths = itertools.accumulate((char == "{") - (char == "}") for char in re.sub(r"\\[\\{}]", "  ", text))
-    return next((position for position, depth in enumerate(depths) if depth < 0), None)
+# What to find, and what to put in its place, in this order.
+REWRITES = [
+    # sqrt(2) is \sqrt(2). Some models escape \\frac twice. Then other spellings become ours.
+    (r"\s+", " "), (r"(?<![\\A-Za-z])(sqrt|pi|exp|ln|sin|cos|tan)(?![A-Za-z])", r"\\\1"),
+    (r"(?<!\\)\\\\(?=[a-z]{3})", r"\\"), (SIGN, lambda match: OURS.get(match[0], match[0])),
+    # Degrees may be left out. 8\text{cm} is 8 cm.
+    (r"\^\{ *° *\}|\^?°|\\(?= )", " "), (r"\\! ?", ""), (r"\\text *\{([^{}]*)\}", r" \1 "),
+    # 1,234 is a number. But (1,234) is a pair, and 1, 234 a list.
+    (r"(?<![\d,.(\[{⦃])(?<![(\[⦃]-)\d{1,3}(,\d{3})+(?![\d,])", lambda m: m[0].replace(",", "")),
+    # \frac12 is \frac1{2}. 1\frac{1}{2} and 1 1/2 are sums.
+    (r"(\\frac *(?:\d|\{[^{}]*\})|\\sqrt) *(\d)", r"\1{\2}"),
+    (r"(?<![\w.}^/])(\d+)( *\\frac(?:\d|\{\d+\})\{\d+\}| \d+/\d+)", r"(\1+\2)"),
+    # x^{2} is x^2. Spaces have a meaning only between letters and digits.
+    (r"([_^])\{ *(\w) *\}", r"\1\2"), (r" *([^A-Za-z0-9 ]) *", r"\1"), (r",\(\)⟧", "⟧"),
+    (r"\\exp(?=[({])", "e^"), (r"\+∞", "∞"), (r"\$(\d+(\.\d+)?)", r"\1 dollars"),
+    # \sin^2 x \cos y is \sin(x)^2\cos(y). But \sin x/2 may mean two things.
+    (rf"(\\(?:sin|cos|tan|ln))(\^\d)? ?(\d*(?:{VARIABLE}|\\pi)|\d+)(?! ?[\w./^({{])", r"\1(\3)\2"),
+    # Sets need no brackets, and letters none: (A) is A.
+    (r"^(.*=)?(?:⦃([^⦃⦄]*)⦄|\{([^{}]*)\}|\(([A-Z])\))$", r"\1\2\3\4"),
+    # 1±2 are two answers, and so is 3 and 4. But x>1 and x<3 is not x>1 or x<3.
+    (r"^([^,±]*)±([^,±]*)$", r"\1+\2,\1-\2"), (r",? ?\b(and|or)\b ?(?=[^<>≤≥≠]*$)", ",")]
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}` or `\fbox{...}` that is not empty.
-
-    Returns None if there is none, or if the last box is never closed.
-    """
-    return (closing_boxes(text) or [None])[-1]
+    r"""The content of the last \boxed{...}. None if there is none, or if it is never closed."""
+    _, box, rest = text.replace(r"\boxed {", r"\boxed{").rpartition(r"\boxed{")
+    depth = 1
+    # The braces \{ and \} do not count. A box of more than 5,000 characters is no answer.
+    for end, char in enumerate(re.sub(r"\\[{}]", "  ", rest[:5000])):
+        depth += {"{": 1, "}": -1}.get(char, 0)
+        if box and depth == 0:
+            return rest[:end].strip()
 
 
 def is_correct(response: str, answer: str) -> bool:
-    r"""Say whether the boxed answer of `response` is equal to the gold `answer`.
+    r"""Say whether the content of the last \boxed{...} of `response` is equal to `answer`.
 
-    Box: the last one counts. If the gold answer is a list of n, the n boxes of the last sentence are its items.
-    Numbers: rational numbers and decimals must be equal exactly, other values to a relative 1e-10. An infinite or
-    undefined value is equal to nothing.
-    Rounding: if the gold answer is a decimal of three or more digits, a value that rounds to it is right. But two
-    decimal places are exact, because they may be money: 12.504 is not 12.50. Policy: if the gold answer is no decimal,
-    its decimal of six or more digits is right: 0.333333 for 1/3.
-    Order: a list or a set may come in any order. A tuple, an interval or a matrix may not.
-    Names and units: a name (x = 5, m+n = 5), a unit (cm, dollars, PM) or the base of a number (204_5) may be missing
-    on one side. Two that differ are wrong.
-    Words ignore case.
-
-    Never raises. If the response or the answer is None, a float or a list, it is wrong. An int answer is its text.
+    It never raises. None, a float or a list is wrong, and an int stands for its text. Other
+    checkers decide otherwise in some cases. These are our policies:
+      - The value counts, not the form: 2/6 is 1/3. So a formula that is copied from the problem
+        without solving it is right, if its value is the answer. Every checker by value does this.
+      - A decimal is exact: 0.33 is not 1/3. Next to a root or \pi, 13 equal digits are enough.
+      - A list or a set may come in any order. A tuple, an interval or a matrix may not.
+      - A name (x=5), a unit (5 cm) or one of the signs % and ° may be missing on either side. But
+        35% is not 0.35, and \cos 30° is \cos 30. A base (204_5) may be missing in the response.
+      - A variable stands for a positive number: \sqrt{x^2} is x.
+      - Words ignore case, and so do the letters A to E. Other letters do not.
     """
     if not isinstance(response, str) or not isinstance(answer, (str, int)):
         return False
-    boxes = closing_boxes(response)
-    gold = ",".join(closing_boxes(str(answer))) or str(answer).strip()        # a gold answer may come in boxes, too
-    if not boxes or len(gold) > 400:                          # over 400 characters only the same text is right
-        return boxes[-1:] == [gold]
-    boxed = ",".join(boxes) if 1 < len(boxes) == len(items(normalise(gold))) else boxes[-1]
-    return boxed == gold or len(boxed) <= 400 and same(normalise(gold), normalise(boxed))
+    try:
+        gold, pred = normalise(str(answer)), normalise(extract_answer(response) or "")
+        return pred != "" and (gold == pred or len(gold + pred) < 700 and same(gold, pred))
+    except (ValueError, RecursionError):        # an int of 5,000 digits, brackets 300 deep
+        return False
 
 
 def normalise(text):
-    text = " ".join(text.split())
+    """`text` in our spelling. A text of more than 300 characters stays as it is."""
+    if len(text) > 300:
+        return text
     for pattern, new in REWRITES:
-        text = pattern.sub(new, text)
-    return text.replace("+∞", "∞").strip(" ,;:").rstrip(".")
+        text = re.sub(pattern, new, text)
+    return " ".join(text.split()).strip(",:").rstrip(" .")
 
 
-def split(text, separator):
-    """Split `text` at the separators that stand outside all brackets."""
-    depths = itertools.accumulate((char in "([{⟦") - (char in ")]}⟧") for char in text)
-    return "".join("\0" if depth == 0 and char in separator else char for char, depth in zip(text, depths)).split("\0")
-
-
-def items(text):
-    """The answers in a list, a set or a union; a plus-minus makes two of one."""
-    if text.startswith("{") and split(text, "}") == [text[:-1], ""]:          # {1,2}, but not {1}/{2}
-        text = text[1:-1]
-    return [item.replace("±", sign).replace("∓", "-" if sign == "+" else "+").strip()
-            for item in split(text, ",∪") for sign in ("+-" if "±" in item else "+")]
+def split(text):
+    """The parts of `text` between the commas that stand outside all brackets."""
+    depth = 0
+    marked = ""
+    for char in text:
+        depth += (char in "([{⟦⦃") - (char in ")]}⟧⦄")
+        marked += "\0" if char == "," and depth == 0 else char
+    return marked.split("\0")
 
 
 def same(gold, pred):
-    """2. Compare two normalised answers, or two parts of answers."""
-    golds, preds = items(gold), items(pred)
+    """Say whether two answers are equal. The items of a list may come in any order."""
+    # The name x may be missing in x=5 or in x=1,x=2.
+    names = re.findall(NAME, f"{gold},{pred}")
+    if len(set(names)) == 1:
+        gold, pred = re.sub(NAME, "", gold), re.sub(NAME, "", pred)
+    golds, preds = split(gold), split(pred)
     if len(golds) == len(preds) == 1:
-        return golds == preds or same_item(golds[0], preds[0])
-    # A list, in any order: whatever it names comes as often on either side. A longer list must have the same text.
-    return gold == pred or len(golds) == len(preds) <= 20 and all(
-        sum(same(item, gold) for gold in golds) == sum(same(item, pred) for pred in preds) for item in golds)
+        return same_item(gold, pred)
+    # x=1, y=2 is 1, 2. But it is not 2, 1.
+    any_order = ("=" in gold) == ("=" in pred)
+    return same_parts(golds, preds) or any_order and same_parts(sorted(golds), sorted(preds))
+
+
+def same_parts(golds, preds):
+    """Say whether the parts of two answers are equal, one by one."""
+    return len(golds) == len(preds) and all(map(same, golds, preds))
 
 
 def same_item(gold, pred):
-    # p = 2 * 3 = 6 says p = 6, and an inequality is an interval.
-    gold, pred = (as_interval(re.sub("=.*=", "=", text)) for text in (gold, pred))
-    for sign in "∈=:":                                                        # with a name on both sides, both count
-        if sign in gold and sign in pred:
-            golds, preds = gold.split(sign), pred.split(sign)
-            same_parts = len(golds) == len(preds) and all(map(same, golds, preds))
-            return same_parts or "=" in gold and same_value(gold, pred)       # 2x = 12 and x = 6
-    bare = [without_name(text) for text in (gold, pred)]
-    if bare != [gold, pred]:                                                  # with a name on one side, it does not
-        return same(*bare)
-    golds, preds = split(gold[1:-1], ",;"), split(pred[1:-1], ",;")
-    if len(golds) > 1:                                                        # a tuple, an interval or a matrix
-        form, pred_form = ([text[:1], [row.count(",") for row in text.split(";")], text[-1:]] for text in (gold, pred))
-        return form == pred_form and len(golds) == len(preds) and all(map(same, golds, preds))
-    (gold, unit), (pred, pred_unit) = take_unit(gold), take_unit(pred)
-    same_unit = not unit or not pred_unit or unit == pred_unit
-    return same_unit and "=" not in gold + pred and same_value(gold, pred)
-
-
-def without_name(text):
-    """5 for x=5, 5=x, AB=5 and, as a policy, for m+n=5. But 2x+y=5 and x+y=0 are equations and stay as they are."""
-    text = re.sub(rf"^(?!{LABEL}=)([^=]+)=({LABEL})$", r"\2=\1", text)
-    return re.sub(rf"^(?:(?:{LABEL})?[=≈∈]|[^0-9=]+=(?!-?0$)(?=(?:[^A-Za-z\\]|\\[a-z]+)+$))", "", text)
-
-
-def as_interval(text):
-    """3<x≤4 is x∈(3,4], and 5≤x is x∈[5,∞)."""
-    parts = re.split("([<>≤≥])", text)
-    if ">" in parts or "≥" in parts:                                          # read from the right, they are < and ≤
-        parts = [{">": "<", "≥": "≤"}.get(part, part) for part in reversed(parts)]
-    if len(parts) == 3:
-        parts = ["-∞", "<", *parts] if re.fullmatch(LABEL, parts[0]) else [*parts, "<", "∞"]
-    if len(parts) != 5 or not re.fullmatch(LABEL, parts[2]):
-        return text
-    low, opening, name, closing, high = parts
-    return name + "∈" + ("[" if opening == "≤" else "(") + low + "," + high + ("]" if closing == "≤" else ")")
-
-
-def take_unit(text):
-    r"""12\text{cm} is ("12", "cm"). The base of a number, as in 204_5, counts as its unit. 30 apples is ("30", "")."""
-    unit = rf"[*/]?\\text\{{(?![^{{}}]*(?:,|\b(?i:{NO_UNIT})\b)){NESTED}\}}(?:\^\{{?-?[0-9]\}}?)?"
-    end = re.search(rf"(?<=[A-Za-z0-9)}}\]!])(?:{unit})+$|(?<=[0-9])_\{{?[0-9]+\}}?$|$", text).start()
-    unit = re.sub(r"\\text|[{}().]|(?<=\w\w)s\W*$", "", text[end:]).strip().lower()
-    return text[:end], unit if re.fullmatch(rf"{UNITS}|(?:square|cubic|sq).*|.{{1,3}}|.*[0-9/*].*", unit) else ""
+    """Say whether two answers that are no lists are equal."""
+    # A tuple, an interval or a matrix.
+    golds, preds = split(gold[1:-1]), split(pred[1:-1])
+    if len(golds) > 1 and gold[0] in "([⟦":
+        return gold[0] + gold[-1] == pred[:1] + pred[-1:] and same_parts(golds, preds)
+    # Only one side may leave its unit out, and only the prediction its base.
+    bare_gold, bare_pred = re.sub(f"{UNIT}|{BASE}", "", gold), re.sub(UNIT, "", pred)
+    return gold == pred or same_value(bare_gold, pred) or same_value(gold, bare_pred)
 
 
 def same_value(gold, pred):
-    """3. Compare two formulas or words."""
-    gold, pred = (re.sub(r"\\text\{([^{}]*)\}", r"\1", text) for text in (gold, pred))
-    if all(re.fullmatch(r"\(?[A-Za-z]\)?|(?i:no)|[A-Za-z ]{3,}", text) for text in (gold, pred)):   # letters or words
-        return gold.strip("()").casefold() == pred.strip("()").casefold()
+    """Say whether two formulas have the same value, or two words differ in case only."""
+    if re.fullmatch("[A-Za-z ]+", gold + pred):
+        return (len(gold) > 2 or gold in tuple("ABCDE")) and gold.casefold() == pred.casefold()
     try:
-        golds, preds = (re.sub("=(.*)", r"-(\1)", text) for text in (gold, pred))
-        golds, preds = ([Formula(text, trial).value() for trial in range(3)] for text in (golds, preds))
-        if "=" in gold:                                       # left minus right, up to a factor
-            golds, preds = ([value / values[0] for value in values] for values in (golds, preds))
-        exact = all(isinstance(value, Fraction) for value in golds + preds)
-        limits = [max(rounding(gold, pred), 0 if exact else 1e-10 * abs(x)) for x in golds]
-        return all(abs(x - y) <= limit < math.inf for x, y, limit in zip(golds, preds, limits))
-    except (ValueError, ArithmeticError, RecursionError):     # one of the two has no value
-        return gold == pred
-
-
-def rounding(gold, pred):
-    """Half a unit in the last place of a gold decimal of three digits, else of a predicted one of six, else 0."""
-    for text, digits in (gold, 3), (pred, 6):
-        decimal = re.fullmatch(r"-?([0-9]*)\.([0-9]+)(?:(?:e|\*10\^)\{?([-+]?[0-9]{1,3})\}?)?(?<!\.[0-9]{2})", text)
-        if decimal and len((decimal[1] + decimal[2]).lstrip("0")) >= digits:
-            return Fraction(10) ** (int(decimal[3] or 0) - len(decimal[2])) / 2
-    return 0
+        gold_value, pred_value = Formula(gold).value, Formula(pred).value
+        difference = abs(gold_value - pred_value)
+        return difference <= (0 if isinstance(difference, Fraction) else 1e-13 * abs(gold_value))
+    except (ValueError, ArithmeticError, IndexError):       # one of them cannot be computed
+        return False
 
 
 class Formula:
-    """The value of a formula, by recursive descent. A variable's value depends on its name and on `trial` only."""
-    CLOSING = {"(": ")", "[": "]", "{": "}"}
+    """Computes the value of a formula by recursive descent.
 
-    def __init__(self, text, trial):
-        self.tokens = [*re.findall(rf"{NUMBER}|{VARIABLE}|\\[A-Za-z]+|!+|\S", text), ""]
-        self.trial, self.bits = trial, 100_000                # the powers in a formula may have so many bits in all
+    Whole numbers, fractions and decimals are exact. What cannot be read raises an exception. What
+    cannot be computed safely is not a number (nan), and that is equal to nothing.
+    """
 
-    def accept(self, *tokens):
+    def __init__(self, text):
+        self.tokens = re.findall(TOKEN, text) + [""]        # the empty token is the end
+        # A float would lose a digit after the 13th. It would also lose a small summand: see `sum`.
+        self.must_be_exact = re.search(r"\d{13}", text) is not None
+        value = self.sum("")
+        self.value = value if isinstance(value, Fraction) or not self.must_be_exact else math.nan
+
+    def take(self, *tokens):
         """Take the next token if it is one of these."""
         return self.tokens.pop(0) if self.tokens[0] in tokens else None
 
-    def value(self, end=""):
-        """The value of what stands before the token `end`. An empty token ends the formula."""
-        value = self.sum()
-        if self.tokens.pop(0) != end:
-            raise ValueError
-        return value
-
-    def sum(self):
+    def sum(self, end):
+        """The value of what stands before the token `end`."""
         value = self.product()
-        while self.tokens[0] in ("+", "-"):                   # `factor` reads the sign
-            value = value + self.product()
+        while self.tokens[0] in ("+", "-"):         # `factor` reads the sign
+            summand = self.product()
+            small, large = sorted([abs(value), abs(summand)])
+            self.must_be_exact |= 0 < small * 10**6 < large
+            value += summand
+        return value if self.tokens.pop(0) == end else math.nan
+
+    def product(self):
+        """Factors with a sign between them or, as in 2x, without. 1 2 is nothing."""
+        value = self.factor()
+        while re.match(r"[*/({\\A-Za-z]", self.tokens[0]):
+            sign = self.take("*", "/")
+            value = value / self.factor() if sign == "/" else value * self.factor()
         return value
 
-    def product(self, of_function=False):
-        r"""Factors with a sign between them or, as in 2x, without. \sin 2x \cos x is \sin(2x) \cos x."""
-        value = self.factor()
-        while True:
-            sign = None if of_function else self.accept("*", "/")
-            ends = of_function and self.tokens[0][1:] in FUNCTIONS
-            if not sign and (ends or not re.match(r"[A-Za-z∞…({[\\]", self.tokens[0])):
-                return value
-            value = value / self.factor() if sign == "/" else value * self.factor()
-
-    def factor(self):                                         # -2^2 is -4, and 2^3^2 is 2^9
+    def factor(self):
+        """A power with its sign. -2^2 is -4, and 2^3^2 is 2^9."""
         if self.tokens[0] in ("+", "-"):
             return self.factor() if self.tokens.pop(0) == "+" else -self.factor()
-        value = self.operand()
-        while self.accept("!"):
-            value = self.factorial(value)
-        return self.power(value, self.factor()) if self.accept("^") else value
+        base = self.atom()
+        return self.power(base, self.factor()) if self.take("^") else base
 
     def power(self, base, exponent):
-        if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1:
-            self.bits -= abs(exponent) * (base.numerator.bit_length() + base.denominator.bit_length() - 1)
-            # 9^{9^9} would fill the memory. "Not a number" is equal to nothing.
-            return base ** (exponent if self.bits > 0 else math.nan)
-        return (complex(base) + 0) ** complex(exponent)       # + 0 turns an imaginary part of -0 into 0
+        """base ** exponent, unless it has too many digits: 9^{9^9} would fill the memory."""
+        if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent % 1 == 0:
+            bits = abs(exponent) * ((base.numerator * base.denominator).bit_length() - 1)
+            return base ** exponent if bits < 2500 else math.nan
+        return moderate(complex(base) ** moderate(exponent, 1e-5, 1e4), 1e-99, 1e99)
 
-    def factorial(self, z):
-        """z!, exact for a natural number. For a variable it is some other random number."""
-        self.bits -= 12 * abs(z)
-        natural = isinstance(z, Fraction) and z.denominator == 1 and z >= 0 and self.bits > 0
-        return Fraction(math.factorial(int(z))) if natural else unknown(f"factorial {complex(z):.6g}")
-
-    def operand(self):
+    def atom(self):
+        """A number, a variable, a bracket, a fraction, a root or a function."""
         token = self.tokens.pop(0)
-        if token in self.CLOSING:
-            return self.value(self.CLOSING[token])
-        if token in (r"\frac", r"\binom"):
-            n, k = self.operand(), self.operand()
-            return n / k if token == r"\frac" else self.factorial(n) / self.factorial(k) / self.factorial(n - k)
-        if token[1:] in FUNCTIONS:
-            base = complex(self.operand()) if self.accept("_") else math.e                             # \log_2 x
-            exponent = self.factor() if self.accept("^") else Fraction(1)                       # \sin^2 x
-            argument = self.operand() if self.tokens[0] in self.CLOSING else self.product(of_function=True)
-            return self.power(FUNCTIONS[token[1:]](complex(argument) + 0) / cmath.log(base), exponent)
-        if token in CONSTANTS:
-            return CONSTANTS[token]
-        if re.fullmatch(VARIABLE, token):
-            return unknown(f"{re.sub('[{ }]', '', token)} {self.trial}")
-        return Fraction(token)
+        if token in ("(", "{"):
+            return self.sum(")" if token == "(" else "}")
+        if token == r"\frac":
+            return self.atom() / self.atom()
+        if token == r"\sqrt":
+            degree = self.sum("]") if self.take("[") else Fraction(2)
+            return self.power(self.atom(), 1 / degree)
+        if token in FUNCTIONS:
+            return FUNCTIONS[token](moderate(self.sum(")"), 1e-5, 1e4))
+        if token not in CONSTANTS and re.fullmatch(VARIABLE, token):
+            # The value depends on the name only, so it is the same on both sides.
+            return Fraction(random.Random(token).randint(10**6, 2 * 10**6), 10**6)
+        return CONSTANTS.get(token) or Fraction(token)
 
 
-# ------------------------------------------------------------------------------------------------------ command line
+def moderate(value, low, high):
+    r"""`value`, or nan if rounding may hide that it is not 0 or infinite: see \cos 10^{-20}."""
+    return value if low < abs(value) < high else math.nan
+
+
+# ---------------------------------------------------------------------------------- command line
 
 def parse(argv=None):
-    """Read the command line into a Config. A preset, or the run to resume, sets the defaults of all other flags."""
-    parser = HfArgumentParser(Config, allow_abbrev=False, usage="icrl.py [--flag value ...]")
+    """Read the command line. A preset, or the run to resume, sets the defaults of all flags."""
+    parser = transformers.HfArgumentParser(Config, allow_abbrev=False, usage="icrl.py [--flag ...]")
     given, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**PRESETS[given.preset])
+    saved = PRESETS[given.preset]
     if given.resume:
-        parser.set_defaults(**json.loads((Path(given.resume) / "config.json").read_text()))
+        saved = json.loads((Path(given.resume) / "config.json").read_text())
+        if saved.keys() != vars(given).keys():
+            raise UsageError(f"{given.resume} was made by another version of this program")
+    parser.set_defaults(**saved)
     config = Config(**vars(parser.parse_args(argv)))
-    config.out = config.resume or config.out or time.strftime(f"runs/%Y%m%d-%H%M%S-{config.method}-{config.seed}")
+    changed = {name for name in saved if getattr(config, name) != saved[name]} - MAY_CHANGE
+    if config.resume and changed:
+        raise UsageError(f"a run that is resumed keeps its {', '.join(sorted(changed))}")
+    if config.samples < 2 and config.steps > 0:
+        raise UsageError("training compares the sessions of a problem: give --samples 2 or more")
+    if config.device not in ("cpu", str(torch.accelerator.current_accelerator())):
+        raise UsageError(f"--device {config.device}: torch finds no such device here")
+    config.out = config.out or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
     return config
 
 
+def print_table(before, after):
+    """Print the figures of two evaluations, and the interval of the last accuracy."""
+    note = "   ({:.2f} to {:.2f})".format(*after["interval"])
+    print(f"\n{'':38} before   after")
+    for name in before:
+        if name != "interval":
+            values = [figures[name] for figures in (before, after)]
+            cells = ["-" if value is None else f"{value:.2f}" for value in values]
+            print(f"{name:38} {cells[0]:>6}  {cells[1]:>6}{note}")
+            note = ""                               # it belongs to the first line
+
+
 def main(argv=None):
-    """Train, and print the figures before and after. Returns the exit code: 0, 2 for an error, 130 after Ctrl-C."""
-    sys.stdout.reconfigure(errors="replace")        # a console that cannot show a letter must not end a run
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    """Train, and print the figures before and after."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if hasattr(sys.stdout, "reconfigure"):          # not in a notebook
+        sys.stdout.reconfigure(errors="replace")    # a console may lack a letter
     try:
         config = parse(argv)
-        state = train(config)
-    except (UsageError, OSError, json.JSONDecodeError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        print(f"icrl.py: {str(error) or 'interrupted'}", file=sys.stderr)
-        return 130 if isinstance(error, KeyboardInterrupt) else 2
-    columns = {when: state[when] for when in ("before", "after") if when in state}
-    print(f"{'':32}", *(f"{when:>8}" for when in columns))
-    for name in state.get("after", state["before"]):
-        cells = ["-" if figures.get(name) is None else f"{figures[name]:.3g}" for figures in columns.values()]
-        print(f"{name:32}", *(f"{cell:>8}" for cell in cells))
-    print(f"{state['tokens']:,} tokens sampled in {state['step']} steps; the run is in {config.out}")
-    return 0
+        metrics = train(config)
+    except (UsageError, OSError, torch.OutOfMemoryError) as error:
+        sys.exit(f"icrl.py: {error}")
+    print_table(metrics[0]["heldout"], metrics[-1]["heldout"])
+    if config.preset == "tiny" and config.method == "icrl":
+        print("\nto compare: python icrl.py --method grpo")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,11 +1,9 @@
-"""Tests of compare.py: the arms by hand arithmetic, the statistics, and small real runs.
+"""Tests of compare.py and arms.py: the arms and the statistics by hand, and small real runs.
 
     python -m pytest math_data/test_compare.py
 """
 import copy
 import csv
-import itertools
-import json
 import math
 
 import numpy as np
@@ -13,177 +11,203 @@ import pytest
 import torch
 
 pytest.importorskip("scipy")
+import arms  # noqa: E402
 import compare  # noqa: E402
 from compare import icrl  # noqa: E402
 
-SMALL = "--steps 2 --eval_every 1 --queries 4 --samples 2 --eval_problems 4".split()
-CONFIG = icrl.parse(SMALL)
+CONFIG = icrl.parse("--queries 4 --samples 2 --steps 2".split())
+PROBLEMS = [{"problem": f"What is {n} + 1?", "answer": "never", "kind": ""} for n in (2, 3)]
 
 
-# --------------------------------------------------------------------------------------------- functions of the arms
+@pytest.fixture(scope="module")
+def model_and_tokenizer():
+    return icrl.load_model(CONFIG.model, CONFIG)
+
+
+def turns_of_arm(name, model_and_tokenizer):
+    """First attempts, critiques and revisions of an arm: three lists."""
+    torch.manual_seed(0)
+    with arms.replaced(arms.ARMS[name].replace):
+        turns = icrl.rollout(*model_and_tokenizer, PROBLEMS, CONFIG)
+    return [[t for t in turns if t.part == part] for part in ("first", "critique", "revision")]
+
+
+# ------------------------------------------------------------------------ functions of the arms
 
 def test_weights_by_hand():
-    free, guided = torch.tensor([[0.5, 0.2], [0.4, 0.4]]).log(), torch.tensor([[0.25, 0.8], [0.1, 0.2]]).log()
-    assert compare.no_ratio(free, guided).tolist() == [[1, 1], [1, 1]]
-    w = compare.sequence_ratio(free, guided)             # 2 * 0.25 = 0.5, and 4 * 2 = 8, which is above 2
-    torch.testing.assert_close(w, torch.tensor([[0.5, 0.5], [2.0, 2.0]]))
-    w = compare.shaped_weight(free, guided)
-    torch.testing.assert_close(w, torch.tensor([[0.5 / 0.6, 0.2 / 0.3], [0.8, 0.8]]))
+    free = torch.tensor([[0.5, 0.2], [0.4, 0.4]]).log()
+    guided = torch.tensor([[0.25, 0.8], [0.1, 0.2]]).log()
+    assert arms.no_ratio(free, guided).flatten().tolist() == [1, 1, 1, 1]
+    # 2 * 0.25 is 0.5, and 4 * 2 is above the cap of 2.
+    assert arms.sequence_ratio(free, guided).flatten().tolist() == pytest.approx([0.5, 0.5, 2, 2])
+    shaped = [0.5 / 0.6, 0.2 / 0.3, 0.8, 0.8]
+    assert arms.shaped_weight(free, guided).flatten().tolist() == pytest.approx(shaped)
+    assert arms.drop_unlikely(torch.tensor([[-4.9, -5.1]]), None).tolist() == [[1, 0]]
 
 
 def test_groups_of_pooled_and_role_round():
-    turns = [icrl.Turn(3, 0, part, [], [], [], "", False) for part in ("first", "critique", "revision")]
-    with compare.replaced(compare.ARMS["pooled"].replace):
-        assert [turn.group for turn in turns] == [3, 3, 3]
-    with compare.replaced(compare.ARMS["role_round"].replace):
-        assert [turn.group for turn in turns] == [(3, "first"), (3, "critique"), (3, "revision")]
-    assert turns[0].group == turns[2].group                   # and icrl.py is as before
+    def groups(name):
+        with arms.replaced(arms.ARMS[name].replace):
+            return [icrl.Turn(3, 0, part, [], [], [], "", False).group
+                    for part in ("first", "critique", "revision")]
+
+    assert groups("pooled") == [3, 3, 3]
+    assert groups("role_round") == [(3, "first"), (3, "critique"), (3, "revision")]
+    assert groups("icrl") == [(3, "solver"), (3, "critic"), (3, "solver")]
 
 
 def test_official_advantages_by_hand():
     def advantages(part, rewards):
-        return compare.official_advantages(rewards, [(0, part)] * len(rewards)).tolist()
+        return arms.official_advantages(rewards, [(0, part)] * len(rewards)).tolist()
 
-    # Eight failures and the added 1: the mean is 1/9, the unbiased std 1/3.
+    # Eight failures and the added 1: the mean is 1/9, the std 1/3.
     assert advantages("first", [0.0] * 8) == pytest.approx([-1 / 3] * 8, abs=1e-5)
-    # One success of eight: the mean is 2/9, the variance (7 * 4/81 + 2 * 49/81) / 8 = 7/36.
-    std = math.sqrt(7 / 36)
-    assert advantages("first", [1.0] + [0.0] * 7) == pytest.approx([7 / 9 / std] + [-2 / 9 / std] * 7, abs=1e-5)
     assert advantages("first", [1.0] * 4) == [0.0] * 4
     for part in ("critique", "revision"):
-        assert advantages(part, [0.5] * 4) == [0.0] * 4                     # no success
-        assert advantages(part, [1.0, 0, 0, 0]) == [0.0] * 4                # a mean below 0.3
-        scale = math.sqrt(3) / 2                                            # the mean is 1/2, the variance 1/3
-        assert advantages(part, [1.0, 0, 0]) == pytest.approx([scale, -scale, -scale], abs=1e-5)
+        assert advantages(part, [0.5] * 4) == [0.0] * 4                 # no success
+        assert advantages(part, [1.0, 0, 0, 0]) == [0.0] * 4            # a mean below 0.3
+        a = math.sqrt(3) / 2                                            # mean 1/2, variance 1/3
+        assert advantages(part, [1.0, 0, 0]) == pytest.approx([a, -a, -a], abs=1e-5)
 
 
 def test_official_critic_sees_the_box_only():
-    (_, chat) = compare.boxed_answer_only("2 + 3?", r"First I add. \boxed{6}")
-    assert r"\boxed{6}" in chat["content"] and "First I add" not in chat["content"]
-    assert "None" not in compare.boxed_answer_only("2 + 3?", "First I add.")[1]["content"]
+    prompt = arms.boxed_answer_only("2 + 3?", r"First I add. \boxed{6}")
+    assert prompt == icrl.critic_prompt("2 + 3?", r"\boxed{6}")
+    assert arms.boxed_answer_only("2 + 3?", "I add.") == icrl.critic_prompt("2 + 3?", "")
 
 
 def test_gspo_has_one_ratio_for_a_sample_and_weighs_single_tokens():
     logp = torch.tensor([[-1.0, -2.0], [-1.0, 0.0]], requires_grad=True)
-    logp_old, mask = torch.tensor([[-1.2, -1.9], [-2.0, 0.0]]), torch.tensor([[1.0, 1.0], [1.0, 0.0]])
+    logp_old = torch.tensor([[-1.2, -1.9], [-2.0, 0.0]])
+    mask = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
     w = torch.tensor([[1.0, 0.5], [1.0, 1.0]])
-    J = compare.gspo_objective(logp, logp_old, torch.tensor([2.0, 1.0]), w, mask, clip_low=0.2, clip_high=0.2)
-    rho = math.exp((0.2 - 0.1) / 2)                           # of the first sample; the second is clipped at 1.2
-    assert J.item() == pytest.approx(((1.0 + 0.5) / 2 * 2 * rho + 1.2) / 2)
+    J = arms.gspo_objective(logp, logp_old, torch.tensor([2.0, 1.0]), w, mask)
+    rho = math.exp((0.2 - 0.1) / 2)             # of the first sample; the second has 1.28
+    assert J.item() == pytest.approx((0.75 * 2 * rho + 1.28) / 2)
     J.backward()
     assert logp.grad.flatten().tolist() == pytest.approx([rho / 2, rho / 4, 0, 0])
 
 
-@pytest.mark.parametrize("arm", ["placebo", "retry", "shuffled"])
-def test_critiques_that_are_not_the_critics(arm):
-    model, tokenizer = icrl.load_model(CONFIG.model, CONFIG)
-    problems = [{"problem": f"What is {n} + 1?", "answer": "impossible"} for n in (2, 3)]
-    torch.manual_seed(0)
-    with compare.replaced(compare.ARMS[arm].replace):
-        turns = icrl.rollout(model, tokenizer, problems, CONFIG)
-    critiques, revisions = ([turn for turn in turns if turn.part == part] for part in ("critique", "revision"))
-    assert len(critiques) == len(revisions) == 4
-    for critique, revision in zip(critiques, revisions):
-        if arm == "retry":
-            assert revision.prompt == revision.free_prompt and critique.completion == []
-        elif arm == "placebo":
-            assert "Try again." in tokenizer.decode(revision.prompt) and critique.completion == []
-        else:
-            others = [turn.completion for turn in critiques if turn.query != critique.query]
-            assert critique.text in tokenizer.batch_decode(others, skip_special_tokens=True)
+def test_critiques_that_are_not_the_critics(model_and_tokenizer):
+    tokenizer = model_and_tokenizer[1]
+    first, critiques, revisions = turns_of_arm("retry", model_and_tokenizer)
+    assert [turn.prompt for turn in revisions] == [turn.prompt for turn in first]
+    assert [turn.completion for turn in critiques] == [[]] * 4
+    _, critiques, revisions = turns_of_arm("placebo", model_and_tokenizer)
+    assert all("Try again." in tokenizer.decode(turn.prompt) for turn in revisions)
+    assert [turn.completion for turn in critiques] == [[]] * 4
+    _, critiques, _ = turns_of_arm("shuffled", model_and_tokenizer)
+    for turn in critiques:
+        others = [other for other in critiques if other.query != turn.query]
+        assert turn.text in [icrl.visible_text(tokenizer, t.prompt, t.completion) for t in others]
 
 
-# -------------------------------------------------------------------------------------------------------------- runs
+def test_critic_is_paid_for_transfer(model_and_tokenizer, monkeypatch):
+    model, tokenizer = model_and_tokenizer
+    rewards = iter([0.0] * 4 + [1.0] * 4)           # every revision is right
+    monkeypatch.setattr(icrl, "outcome_reward", lambda *args: next(rewards))
+    _, critiques, revisions = turns_of_arm("paid_for_transfer", model_and_tokenizer)
+    for critique, revision in zip(critiques, revisions, strict=True):
+        free, guided = (icrl.completion_logprobs(model, [prompt], [revision.completion])[0].mean()
+                        for prompt in (revision.free_prompt, revision.prompt))
+        expected = math.exp(min((free - guided).item(), 0) / 0.3)
+        assert critique.reward == pytest.approx(expected, abs=1e-5)
+    assert min(critique.reward for critique in critiques) < 1
 
-def rows_of(folder):
-    with open(folder / "compare.csv") as file:
-        return list(csv.DictReader(file))
+
+# ----------------------------------------------------------------------------------------- runs
+
+@pytest.fixture
+def command(tmp_path):
+    """The start of a command with few and small steps, and thirty held-out problems."""
+    lines = open(CONFIG.heldout).readlines()[:30]
+    (tmp_path / "heldout.jsonl").write_text("".join(lines))
+    return ["run", str(tmp_path / "runs"), "--heldout", str(tmp_path / "heldout.jsonl"),
+            *"--steps 2 --eval_every 1 --queries 4 --samples 2".split()]
 
 
-def test_run_resume_and_report(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
-    command = ["run", str(tmp_path), "--arms", "grpo_tokens", "icrl", "--seeds", "5", *SMALL]
-    assert compare.main(command) == 0
-    rows = rows_of(tmp_path)
-    icrl_rows, grpo_rows = ([row for row in rows if row["arm"] == arm] for arm in ("icrl", "grpo_tokens"))
-    budget = int(icrl_rows[-1]["tokens"])                     # GRPO stops with the first step that reaches it
-    assert int(grpo_rows[-1]["tokens"]) >= budget > int(grpo_rows[-2]["tokens"])
-    assert json.loads((tmp_path / "grpo_tokens-5.json").read_text())["settings"]["samples"] == 4
-    assert icrl_rows[-1]["put right, trained critic, base solver"] and float(icrl_rows[-1]["seconds"]) > 0
+def rows_of(tmp_path, arm):
+    with open(tmp_path / "runs/compare.csv") as file:
+        return [row for row in csv.DictReader(file) if row["arm"] == arm]
 
-    # The arm icrl trains as icrl.py does.
-    state = icrl.train(icrl.parse([*SMALL, "--seed", "5", "--out", str(tmp_path / "icrl.py")]))
-    for name, value in {"tokens": state["tokens"], **state["after"]}.items():
-        assert icrl_rows[-1][name] == ("" if value is None else str(value))
+
+def test_run_resume_and_report(command, tmp_path, monkeypatch, capsys):
+    command += ["--arms", "grpo_tokens", "icrl", "--seeds", "5"]
+    compare.main(command)
+    rows = rows_of(tmp_path, "icrl")
+    budget = int(rows[-1]["tokens"])
+    spent = [int(row["tokens"]) for row in rows_of(tmp_path, "grpo_tokens")]
+    assert spent[-1] >= budget > spent[-2]          # it stops with the first step that reaches it
+
+    # The arm icrl trains and is measured as icrl.py does it.
+    metrics = icrl.train(icrl.parse([*command[2:-5], "--seed", "5", "--out", f"{tmp_path}/icrl"]))
+    assert budget == sum(row.get("tokens", 0) for row in metrics)
+    assert rows[-1]["w_mean"] == str(metrics[-1]["w_mean"] or "")
+    assert float(rows[-1]["accuracy"]) == metrics[-1]["heldout"]["accuracy without critique"]
+    for figure in ("fixed", "tokens per fix"):      # before training both critics are the same
+        assert rows[0][f"{figure}, current critic"] == rows[0][f"{figure}, base critic"]
 
     # Finished runs are not trained again, and other settings are refused.
     monkeypatch.setattr(compare, "train", None)
-    assert compare.main(command) == 0 and rows_of(tmp_path) == rows
-    assert compare.main([*command, "--lr", "0.1"]) == 2 and "--lr" in capsys.readouterr().err
+    compare.main(command)
+    with pytest.raises(SystemExit, match="--lr"):
+        compare.main([*command, "--lr", "0.1"])
+    compare.main(["report", f"{tmp_path}/runs/compare.csv", "--figure", f"{tmp_path}/curves.png"])
+    assert "| grpo_tokens | icrl | 1 |" in capsys.readouterr().out
+    assert (tmp_path / "curves.png").exists()
 
-    assert compare.main(["report", str(tmp_path / "compare.csv"), "--figure", str(tmp_path / "curves.png")]) == 0
-    assert "| grpo_tokens | icrl | 1 |" in capsys.readouterr().out and (tmp_path / "curves.png").exists()
 
-
-def test_frozen_critic_is_not_trained_and_another_seed_joins_the_csv(tmp_path, monkeypatch):
-    (tmp_path / "icrl-5.json").write_text('{"arm": "icrl", "seed": 5, "settings": {}, "rows": [{"step": 0}]}')
-    trained, pairs, update, rollout = [], [], icrl.update, icrl.rollout     # pairs: solver and critic of each rollout
+def test_an_arm_without_a_trained_critic(command, tmp_path, monkeypatch):
+    trained, critics = [], []
+    update, rollout = icrl.update, icrl.rollout
     monkeypatch.setattr(icrl, "update", lambda *args: trained.extend(args[2]) or update(*args))
-    monkeypatch.setattr(icrl, "rollout", lambda *args, **more: pairs.append(args[0::4]) or rollout(*args, **more))
-    assert compare.main(["run", str(tmp_path), "--arms", "frozen", "--seeds", "6", *SMALL, "--steps", "1"]) == 0
+    monkeypatch.setattr(icrl, "rollout", lambda *args: critics.append(args[4]) or rollout(*args))
+    compare.main([*command, "--arms", "frozen", "untrained", "--seeds", "6", "--steps", "1"])
     assert {turn.part for turn in trained} == {"first", "revision"}
-    model, base = pairs[0]
-    assert model is not base and pairs == [(model, base)] * 3 + [(base,), (base, base), (model, base), (base, model),
-                                                                 (model, model)]
-    assert [(row["arm"], row["seed"], row["step"]) for row in rows_of(tmp_path)] == [
-        ("icrl", "5", "0"), ("frozen", "6", "0"), ("frozen", "6", "1")]
+    assert critics[0] is not None and critics[1] is None
 
 
-def test_critic_swap_shows_all_critics_the_failures_of_the_base_solver(monkeypatch):
-    base, tokenizer = icrl.load_model(CONFIG.model, CONFIG)
-    trained, shown, messages = copy.deepcopy(base), [], icrl.critic_messages
-    torch.nn.init.zeros_(trained.get_output_embeddings().weight)            # writes random tokens
-    monkeypatch.setattr(icrl, "critic_messages", lambda *args: shown.append(args) or messages(*args))
-    figures = compare.critic_swap(base, trained, tokenizer, icrl.load_problems(CONFIG.heldout)[:12], CONFIG)
-    n = len(shown) // 4
-    assert n > 1 and shown == 4 * shown[:n]
-    fixed = figures["put right, base critic, base solver"] * n
-    tokens = figures["tokens per fix, base critic, base solver"] * fixed
-    assert fixed == pytest.approx(round(fixed)) and fixed > 0 and tokens == pytest.approx(round(tokens))
-    assert figures["put right, base critic, trained solver"] == 0
-    assert figures["tokens per fix, base critic, trained solver"] is None
+def test_critics_are_compared_on_the_same_failures(model_and_tokenizer, monkeypatch):
+    model, tokenizer = model_and_tokenizer
+    broken, shown, prompt = copy.deepcopy(model), [], icrl.critic_prompt
+    torch.nn.init.zeros_(broken.get_output_embeddings().weight)             # random tokens
+    monkeypatch.setattr(icrl, "critic_prompt", lambda *args: shown.append(args) or prompt(*args))
+    problems = icrl.load_problems(CONFIG.heldout)[:20]
+    compare.evaluate(model, broken, tokenizer, problems, CONFIG)
+    n = len(shown) // 3                             # the critics: current, base and none
+    assert n > 1 and shown == 3 * shown[:n]
+    turns = compare.second_tries(broken, tokenizer, problems, CONFIG, model)
+    assert compare.fixes(turns) == {"fixed": 0, "tokens per fix": None}
 
 
 def test_states_answer():
-    assert compare.states_answer("The sum is 1,234.", "1234") and compare.states_answer(r"\boxed{x+1}", "1+x")
+    assert compare.states_answer("The sum is 1,234.", "1234")
     assert not compare.states_answer("Multiply 12 by 3 first.", "36")
 
 
-# -------------------------------------------------------------------------------------------------------- statistics
+# ----------------------------------------------------------------------------------- statistics
 
-def test_sign_flip_against_all_choices_of_signs():
-    differences = np.array([0.3, -0.1, 0.25, 0.2, 0.02])
-    means = [np.mean(differences * signs) for signs in itertools.product((1, -1), repeat=5)]
-    p = np.mean([abs(mean) > abs(differences.mean()) - 1e-9 for mean in means])
-    assert compare.sign_flip(differences) == pytest.approx(p)
-    assert compare.sign_flip(np.arange(1.0, 9.0)) == pytest.approx(2 / 256)
+def test_sign_flip():
+    # Of the eight choices, +++ and --- are as far from 0, and those with only the 1 turned are not.
+    assert compare.sign_flip(np.array([1.0, 2, 3])) == 2 / 8
+    assert compare.sign_flip(np.array([-1.0, 2, 3])) == 4 / 8
+    assert compare.sign_flip(np.arange(1.0, 17.0)) == 2 / 2**16
 
 
 def test_holm_by_hand():
     assert compare.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert compare.holm([0.6, 0.9]) == [1.0, 1.0] and compare.holm([]) == []
+    assert compare.holm([0.6, 0.9]) == [1.0, 1.0]
+
+
+def test_crossings_by_hand():
+    assert compare.crossings([0, 10, 20, 30], [0, -1, 1, -3]) == pytest.approx([15, 22.5])
+
+
+def test_curves_interpolate_and_keep_their_end():
+    rows = [{"tokens": 0, "accuracy": 0.1}, {"tokens": 100, "accuracy": 0.5}]
+    assert compare.curves({7: rows}, "tokens", [50, 200]).tolist() == [[pytest.approx(0.3), 0.5]]
 
 
 def test_cells():
-    assert compare.cell(np.array([1.0, 2, 3, 4, 5])) == "3.00 ± 1.96"        # 2.776 * sqrt(2.5 / 5)
-    assert compare.cell(np.array([1.0, 2, 3, 4])) == "2.50"                  # too few runs for an interval
-    assert compare.cell(np.array([1.0, math.nan])) == "1.00 (1 of 2)"
-    assert compare.cell(np.array([math.nan])) == "-"
-    assert compare.cell(np.zeros(8), attempts=60) == "0.00 (0.000 to 0.060)"  # Wilson: z^2 / (n + z^2)
-    assert compare.cell(np.ones(2), attempts=60) == "1.00 (0.940 to 1.000)"
-
-
-def test_spent_until_interpolates():
-    rows = [{"tokens": tokens, "pass@1": accuracy} for tokens, accuracy in [(0, 0.1), (100, 0.5), (200, 0.9)]]
-    assert compare.spent_until(rows, "tokens", 0.8) == pytest.approx(175)
-    assert compare.spent_until(rows, "tokens", 0.05) == 0 and math.isnan(compare.spent_until(rows, "tokens", 0.95))
+    assert compare.cell(np.array([1.0, 2, 3, 4, 5])) == "3.000 ± 1.963"
+    assert compare.cell(np.array([1.0, 2, math.nan])) == "1.500"

@@ -1,0 +1,118 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""When does it pay to train the critic? ICRL without a language model, in a table of logits.
+
+A right answer needs n choices. Alone, the solver makes each of them with probability p, so that
+it is right with p^n. A helpful critique raises p to g. The critic is helpful with probability c.
+ 1. A revision is right with about c g^n, and Eq. 4 multiplies the gradient of each of its choices
+    by p / g. What is left of it, divided by that of a first attempt, is c (g / p)^(n - 1).
+ 2. With n = 1 that is c, at most 1: the weight takes back all that the critique gave.
+ 3. With n > 1 it grows with n, because the weight of a choice does not count the choices before
+    it. This bias is what lets the solver learn from critiques at all.
+ 4. Adam and Eq. 5 forget the size of a gradient. Its absence matters. So a frozen critic does as
+    well as a trained one if it helps a few times a step, or if luck is enough (large p^n).
+ 5. Training the critic pays if c is small and can grow: here by a habit that all kinds of problems
+    share, and that is learnt in easy kinds, where it is paid. And n must be more than one or two.
+
+    python math_data/theory.py      prints accuracy alone after training, for n at equal p^n
+"""
+import numpy as np
+
+KINDS = 8           # each has choices of its own; the first half is hard, the others are easy
+HARD_RIGHT = 0.0003             # p^n before training
+HARD_C = 0.002                  # how often a critique helps before training
+EASY_RIGHT = 0.1
+EASY_C = 0.3
+SEEDS = 16
+QUERIES = 16
+SAMPLES = 8
+HELPED = 0.95       # g
+LEARNING_RATE = 0.25
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def logit(p):
+    return np.log(p / (1 - p))
+
+
+def advantages(rewards):
+    """Eq. 5 for one group."""
+    rewards = np.array(rewards)
+    return (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
+
+
+def attempt(logits, help_, rng):
+    """Make the n choices, up to the first wrong one. Returns (reward, w * gradient of log p)."""
+    gradient = np.zeros(len(logits))
+    for i, x in enumerate(logits):
+        alone = sigmoid(x)
+        p = sigmoid(x + help_)
+        right = rng.random() < p
+        w = alone / p if right else (1 - alone) / (1 - p)       # Eq. 4
+        gradient[i] = min(w, 2) * (right - alone)
+        if not right:
+            return 0.0, gradient / (i + 1)                      # Eq. 6: the mean over choices
+    return 1.0, gradient / len(logits)
+
+
+def train(arm, n, seed, steps=50):
+    """Train with an arm ("icrl", "frozen" or "grpo"), n choices a problem.
+
+    Returns the accuracy without critique on hard kinds at the end.
+    """
+    rng = np.random.default_rng(seed)
+    hard = np.arange(KINDS) < KINDS / 2
+    start = logit(np.where(hard, HARD_RIGHT, EASY_RIGHT) ** (1 / n))
+    solver = np.repeat(start[:, None], n, axis=1)
+    help_ = logit(HELPED) - start
+    critic = np.append(logit(np.where(hard, HARD_C, EASY_C)), 0.0)    # the last one is shared
+    frozen = critic.copy()
+    weights = [solver, critic]
+    first, second = [np.zeros_like(x) for x in weights], 0.0    # Adam's moments
+    samples = SAMPLES * 2 if arm == "grpo" else SAMPLES
+    for step in range(1, steps + 1):
+        gradients = [np.zeros_like(x) for x in weights]
+        for kind in rng.integers(KINDS, size=QUERIES):
+            attempts, critiques = [], []
+            for _ in range(samples):
+                attempts.append(attempt(solver[kind], 0.0, rng))
+                if attempts[-1][0] == 1 or arm == "grpo":
+                    continue
+                logits = frozen if arm == "frozen" else critic
+                helps = sigmoid(logits[kind] + logits[-1])
+                helpful = rng.random() < helps
+                attempts.append(attempt(solver[kind], help_[kind] * helpful, rng))
+                critiques.append((attempts[-1][0], helpful - helps))
+            for A, (_, gradient) in zip(advantages([r for r, _ in attempts]), attempts):
+                gradients[0][kind] += A * gradient
+            if arm == "icrl" and len(critiques) > 1:
+                for A, (_, gradient) in zip(advantages([r for r, _ in critiques]), critiques):
+                    gradients[1][[kind, -1]] += A * gradient
+        # Adam, with one scale for all logits, because the weights of a network are shared.
+        second = 0.98 * second + 0.02 * np.mean([np.mean(x**2) for x in gradients])
+        scale = np.sqrt(second / (1 - 0.98**step)) + 1e-9
+        for x, moment, gradient in zip(weights, first, gradients):
+            moment *= 0.9
+            moment += 0.1 * gradient
+            x += LEARNING_RATE * moment / (1 - 0.9**step) / scale
+    return sigmoid(solver[hard]).prod(1).mean()
+
+
+def main():
+    """Print the table: means over seeds, and half the 95% interval of the difference."""
+    print("| n | p | icrl | frozen | grpo | icrl - frozen |\n|---|---|---|---|---|---|")
+    for n in (1, 2, 3, 5):
+        ends = {arm: np.array([train(arm, n, seed) for seed in range(SEEDS)])
+                for arm in ("icrl", "frozen", "grpo")}
+        cells = [f"{values.mean():.2f}" for values in ends.values()]
+        gain = ends["icrl"] - ends["frozen"]
+        half = 2.13 * gain.std(ddof=1) / SEEDS**0.5             # Student's t for 16 values
+        print(f"| {n} | {HARD_RIGHT ** (1 / n):.4f} | {' | '.join(cells)} | "
+              f"{gain.mean():+.2f} ± {half:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
