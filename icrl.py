@@ -27,15 +27,16 @@ whole method. Training, evaluation, the problem files, the answer checker and th
 follow. The word "Paper:" marks where this file departs from the paper, or what it does where the
 paper leaves a choice open.
 """
-import cmath
 import dataclasses
 import datetime
+import decimal
 import json
 import math
+import operator
 import random
 import re
 import sys
-from fractions import Fraction
+from decimal import Decimal
 from pathlib import Path
 from typing import Literal
 
@@ -63,7 +64,7 @@ class Config:
     """All settings of a run. Each field is also a command-line flag."""
     preset: Literal["tiny", "qwen3"] = flag("tiny", "defaults for the small model, or for Qwen3")
     resume: str = flag("", "go on with the run in this folder, with its settings")
-    out: str = flag("", "new folder for the run; empty: one in runs/ is made")
+    out: str = flag("", "new folder for the run; empty: one in runs/")
     model: str = flag(f"{WORLD}/model", "Hugging Face model: a name or a folder")
     data: str = flag(f"{WORLD}/train.jsonl", "training problems (JSONL)")
     heldout: str = flag(f"{WORLD}/heldout.jsonl", "problems for the evaluation (JSONL)")
@@ -84,10 +85,10 @@ class Config:
     # memory
     sample_batch: int = flag(256, "completions sampled at a time")
     micro_tokens: int = flag(1024, "tokens per forward pass of the update")
-    bf16: bool = flag(False, "compute in bfloat16; float32 weights stay in CPU memory")
+    bf16: bool = flag(False, "use bfloat16, with float32 weights in CPU memory")
     checkpointing: bool = flag(False, "recompute activations in the backward pass")
     # evaluation
-    eval_every: int = flag(25, "steps between evaluations; each also saves a checkpoint")
+    eval_every: int = flag(25, "steps between evaluations and checkpoints")
     eval_samples: int = flag(1, "attempts per problem in an evaluation")
 
 
@@ -228,9 +229,8 @@ def visible_text(tokenizer, prompt, completion):
     prompt, completion: token ids. Thoughts stand between <think> and </think>. Some templates
     print <think> at the end of the prompt. What follows a <think> that never ends does not count.
     """
-    text = tokenizer.decode(completion)
-    if tokenizer.decode(prompt).rstrip().endswith("<think>"):
-        text = "<think>" + text
+    opened = tokenizer.decode(prompt).rstrip().endswith("<think>")
+    text = ("<think>" if opened else "") + tokenizer.decode(completion)
     text = text.rpartition("</think>")[2].partition("<think>")[0]
     return without_control_tokens(tokenizer, text).strip()
 
@@ -247,8 +247,7 @@ def stop_tokens(model, tokenizer):
     eos = model.generation_config.eos_token_id
     turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "zebra"}]
     after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("zebra")[2].lstrip()
-    ends = [number for number, token in tokenizer.added_tokens_decoder.items()
-            if token.content.strip() and after.startswith(token.content)]
+    ends = [i for i, t in tokenizer.added_tokens_decoder.items() if after.startswith(t.content)]
     return {*ends, tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
 
 
@@ -270,27 +269,21 @@ def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, piece=64)
         do_sample=temperature > 0, temperature=temperature or 1.0, top_p=1.0,
         top_k=0 if temperature > 0 else None, eos_token_id=sorted(stops), pad_token_id=min(stops))
     model.eval()
-    rows = [torch.tensor(prompt, device=model.device) for prompt in prompts]
-    ids = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")   # (B, P)
-    mask = (ids >= 0).long()
-    ids = ids.clamp(min=0)                      # any id will do as padding: it is masked
-    width = ids.shape[1]
     completions = [[] for _ in prompts]
-    live = list(range(len(prompts)))            # which prompt each row belongs to
-    while live:
-        # ids holds the prompts and all tokens until now.
-        tokens_left = width + max_new_tokens - ids.shape[1]
-        ids = model.generate(ids, attention_mask=mask, max_new_tokens=min(piece, tokens_left))
-        mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
-        unfinished = []
-        for row, tokens in enumerate(ids[:, width:].tolist()):
+    live = list(range(len(prompts)))            # the prompts whose completions have not ended
+    tokens_left = max_new_tokens
+    while live and tokens_left > 0:
+        rows = [torch.tensor(prompts[i] + completions[i], device=model.device) for i in live]
+        ids = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")  # (B, L)
+        # Any id will do as padding, because it is masked.
+        sampled = model.generate(ids.clamp(min=0), attention_mask=(ids >= 0).long(),
+                                 max_new_tokens=min(piece, tokens_left))
+        tokens_left -= piece
+        for i, tokens in zip(live, sampled[:, ids.shape[1]:].tolist()):
             ends = [t + 1 for t, token in enumerate(tokens) if token in stops]
-            completions[live[row]] = tokens[:ends[0]] if ends else tokens
-            if not ends and len(tokens) < max_new_tokens:
-                unfinished.append(row)
-        live = [live[row] for row in unfinished]
-        ids, mask = ids[unfinished], mask[unfinished]
-    return completions, [completion[-1] not in stops for completion in completions]
+            completions[i] += tokens[:ends[0]] if ends else tokens
+        live = [i for i in live if completions[i][-1] not in stops]
+    return completions, [i in live for i in range(len(prompts))]
 
 
 def completion_logprobs(model, prompts, completions, temperature=1.0):
@@ -312,8 +305,8 @@ def completion_logprobs(model, prompts, completions, temperature=1.0):
     for row, scores, prompt in zip(rows, logits, prompts):
         # The scores at t - 1 predict token t. Those of the prompt are not made float32: with
         # V = 151,936 (Qwen3), they would be the largest tensor of the update.
-        scores = scores[len(prompt) - 1:len(row) - 1].float() / temperature             # (T, V)
-        targets = row[len(prompt):]                                                     # (T,)
+        scores = scores[len(prompt) - 1:len(row) - 1].float() / temperature     # (T, V)
+        targets = row[len(prompt):]                                             # (T,)
         logp.append(-torch.nn.functional.cross_entropy(scores, targets, reduction="none"))
     mask = [torch.ones_like(row) for row in logp]
     return pad_sequence(logp, batch_first=True), pad_sequence(mask, batch_first=True)
@@ -323,18 +316,28 @@ def completion_logprobs(model, prompts, completions, temperature=1.0):
 
 @dataclasses.dataclass
 class Turn:
-    """One generation: a first attempt, a critique or a revision."""
-    query: int              # number of the problem in the batch
-    session: int            # number of the session in the batch
-    part: str               # "first", "critique" or "revision"
-    prompt: list            # token ids under which it was sampled
-    free_prompt: list       # token ids under which it is trained: without a critique
-    completion: list        # the token ids that were sampled
-    text: str               # what it says
-    truncated: bool         # cut off at the length limit
+    """One generation: a first attempt, a critique or a revision.
+
+    query, session      the numbers of the problem and of the session in the batch
+    part                "first", "critique" or "revision"
+    prompt              token ids under which it was sampled
+    free_prompt         token ids under which it is trained: without a critique
+    completion          the token ids that were sampled
+    text                what they say
+    truncated           whether it was cut off at the length limit
+    weights             w of each token, known after the update
+    """
+    query: int
+    session: int
+    part: str
+    prompt: list
+    free_prompt: list
+    completion: list
+    text: str
+    truncated: bool
     reward: float = 0.0
     advantage: float = 0.0
-    weights: list = ()      # w of each token, known after the update
+    weights: list = ()
 
     @property
     def group(self):
@@ -350,9 +353,10 @@ def outcome_reward(text, problem, truncated):
 def generate_turns(model, tokenizer, part, sessions, prompts, config, free_prompts=None):
     """Sample the next turn of each session: a list of Turns, still without rewards.
 
-    sessions: their numbers in the batch. prompts: for each of them, the token ids to sample from.
-    free_prompts: the token ids to train under; None: the same ones.
+    sessions: their numbers in the batch. prompts: for each of them, the text to sample from.
+    free_prompts: for each of them, the token ids to train under; None: those of its prompt.
     """
+    prompts = [encode_chat(tokenizer, prompt) for prompt in prompts]
     limit = config.max_critique if part == "critique" else config.max_response
     completions, truncated = [], []
     for start in range(0, len(prompts), config.sample_batch):
@@ -360,10 +364,10 @@ def generate_turns(model, tokenizer, part, sessions, prompts, config, free_promp
         sampled, cut_off = sample(model, tokenizer, batch, limit, config.temperature)
         completions += sampled
         truncated += cut_off
-    columns = zip(sessions, prompts, free_prompts or prompts, completions, truncated)
-    return [Turn(s // config.samples, s, part, prompt, free_prompt, completion,
-                 visible_text(tokenizer, prompt, completion), cut_off)
-            for s, prompt, free_prompt, completion, cut_off in columns]
+    texts = [visible_text(tokenizer, p, c) for p, c in zip(prompts, completions)]
+    # In the order of the fields of Turn.
+    columns = zip(sessions, prompts, free_prompts or prompts, completions, texts, truncated)
+    return [Turn(s // config.samples, s, part, *rest) for s, *rest in columns]
 
 
 def rollout(model, tokenizer, problems, config, critic=None):
@@ -376,19 +380,16 @@ def rollout(model, tokenizer, problems, config, critic=None):
 
     def attempt(part, numbers, critiques, free_prompts=None):
         """Sample an attempt in each of these sessions, and reward it."""
-        prompts = [encode_chat(tokenizer, solver_prompt(texts[s], critique))
-                   for s, critique in zip(numbers, critiques)]
+        prompts = [solver_prompt(texts[s], critique) for s, critique in zip(numbers, critiques)]
         turns = generate_turns(model, tokenizer, part, numbers, prompts, config, free_prompts)
         for turn in turns:
             turn.reward = outcome_reward(turn.text, problems[turn.query], turn.truncated)
         return turns
 
-    everyone = range(len(texts))
-    sessions = [[turn] for turn in attempt("first", everyone, [""] * len(texts))]
+    sessions = [[turn] for turn in attempt("first", range(len(texts)), [""] * len(texts))]
     for _ in range(config.rounds - 1 if config.method == "icrl" else 0):
-        live = [s for s in everyone if sessions[s][-1].reward != 1.0]
-        prompts = [encode_chat(tokenizer, critic_prompt(texts[s], sessions[s][-1].text))
-                   for s in live]
+        live = [s for s, turns in enumerate(sessions) if turns[-1].reward != 1.0]
+        prompts = [critic_prompt(texts[s], sessions[s][-1].text) for s in live]
         critiques = generate_turns(critic or model, tokenizer, "critique", live, prompts, config)
         tips = [extract_critique(critique.text) for critique in critiques]
         # A revision is trained under the prompt of the session's first attempt.
@@ -414,7 +415,8 @@ def make_optimizer(model, config):
         # Only the weights become bfloat16. The buffers of RoPE need all their bits.
         for weight in model.parameters():
             weight.data = weight.data.bfloat16()
-            weight.grad_dtype = torch.float32       # to add up the gradients of micro-batches
+            # The gradients of micro-batches are added up. In bfloat16 the sum would be rounded.
+            weight.grad_dtype = torch.float32
     model.to(config.device)
     # cuDNN's attention would compile anew for each length of the text.
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -442,17 +444,15 @@ def optimizer_step(model, optimizer, grad_clip=1.0):
 
 
 def micro_batches(turns, budget):
-    """Split `turns` into lists of turns of about the same length.
+    """Yield lists of turns of about the same length, until all `turns` are in one.
 
     With its padding, a list has at most `budget` tokens. A longer turn is alone.
     """
     turns = sorted(turns, key=lambda t: -len(t.prompt + t.completion))
-    batches = []
     while turns:
         rows = max(1, budget // len(turns[0].prompt + turns[0].completion))
-        batches.append(turns[:rows])
+        yield turns[:rows]
         turns = turns[rows:]
-    return batches
 
 
 def token_weights(model, batch, logp_free, config):
@@ -481,11 +481,11 @@ def update(model, optimizer, turns, config):
     # Paper: it does not say what to do if all advantages are 0. Here there is no step, because
     # AdamW would still move the weights, by its momentum and by weight decay.
     active = [turn for turn in turns if turn.advantage != 0]
-    batches = []                                    # each holds turns of one part
+    batches = []                                # lists of turns, each of one part
     for part in ("first", "critique", "revision"):
         batches += micro_batches([t for t in active if t.part == part], config.micro_tokens)
     figures = {"flat": 1 - len(active) / len(turns), "objective": 0.0, "grad_norm": 0.0}
-    at_rollout = []                                 # (log pi_old, w) of each micro-batch
+    at_rollout = []                             # (log pi_old, w) of each micro-batch
     for inner in range(config.inner_steps if active else 0):
         for number, batch in enumerate(batches):
             prompts, completions = [t.free_prompt for t in batch], [t.completion for t in batch]
@@ -540,24 +540,30 @@ def train(config):
 def prepare(config):
     """Load all that `train` needs. For a new run, measure the accuracy before training."""
     if config.device == "cpu":
-        torch.set_num_threads(1)            # with small matrices, more threads wait for each other
+        # With small matrices, more threads wait for each other.
+        torch.set_num_threads(1)
     problems, heldout = load_problems(config.data), load_problems(config.heldout)
     random.Random(config.seed).shuffle(problems)            # the order of every epoch
     if {p["problem"] for p in problems} & {p["problem"] for p in heldout}:
-        raise UsageError("--data and --heldout share problems; remove them from one of the two")
+        raise UsageError("--data and --heldout share problems")
     model, tokenizer = load_model(config.model, config)
     check_context(model, tokenizer, problems + heldout, config)
     optimizer = make_optimizer(model, config)
     run = Path(config.resume or config.out)
     run.mkdir(parents=True, exist_ok=config.resume != "")   # two runs never share a folder
     write_json(run / "config.json", [vars(config)])
-    metrics = restore(run, model, optimizer)
-    if not metrics:
+    if (run / "checkpoint.pt").exists():
+        metrics = restore(run, model, optimizer)
+    else:
         before = evaluate(model, tokenizer, heldout, config, run / "0-heldout.jsonl")
+        tqdm.write(f"before training: accuracy {before['accuracy without critique']:.2f}")
         metrics = [{"step": 0, "heldout": before}]
-    accuracy = metrics[0]["heldout"]["accuracy without critique"]
-    tqdm.write(f"before training: accuracy {accuracy:.2f}")
     return run, problems, heldout, model, tokenizer, optimizer, metrics
+
+
+# Models that sample from another policy than the one that is scored, by less than the test in
+# load_model can see (transformers 5.24).
+UNFIT = {"zamba2", "nemotron_h", "recurrent_gemma"}
 
 
 def load_model(name, config):
@@ -575,32 +581,23 @@ def load_model(name, config):
         setattr(model.config.get_text_config(), switch, False)
     if config.checkpointing:
         model.activation_checkpointing_enable()
-    check_model(model, tokenizer)
-    return model, tokenizer
-
-
-# Models that sample from another policy than the one that is scored, by less than the test below
-# can see (transformers 5.24).
-UNFIT = {"zamba2", "nemotron_h", "recurrent_gemma"}
-
-
-def check_model(model, tokenizer):
-    """Raise UsageError if prompts lose text, or if samples are not what the log-probs say."""
     if not tokenizer.chat_template:
         raise UsageError("this model has no chat template; use its instruct version")
+    # Prompts must not lose text.
     line = "3 + 4 = 7\n\\boxed{x y}"
     prompts = [encode_chat(tokenizer, line * n) for n in range(1, 9)]
     if line not in tokenizer.decode(prompts[0]):
-        raise UsageError("the tokenizer or the chat template of this model changes the problem")
+        raise UsageError("the tokenizer or chat template of this model changes the problem")
     if min(stop_tokens(model, tokenizer), default=-1) < 0:
         raise UsageError("this model has no valid token for the end of a text (eos_token_id)")
-    # Prompts of unlike length in one batch. A model that looks at the padding or at later tokens,
-    # or that has dropout, finds some of its own greedy samples unlikely.
+    # Samples must be what the log-probs say. These prompts have unlike lengths, in one batch. A
+    # model that looks at the padding or at later tokens, or that has dropout, finds some of its
+    # own greedy samples unlikely.
     completions, _ = sample(model, tokenizer, prompts, max_new_tokens=20, temperature=0)
-    with torch.no_grad():
-        logp, _ = completion_logprobs(model, prompts, completions, temperature=0.01)
+    logp, _ = completion_logprobs(model, prompts, completions, temperature=0.01)
     if not logp.min() > -5 or model.config.model_type in UNFIT:
         raise UsageError("this model does not sample what its log-probs say (or it has dropout)")
+    return model, tokenizer
 
 
 def check_context(model, tokenizer, problems, config):
@@ -625,14 +622,11 @@ def save(run, model, tokenizer, optimizer, metrics):
 
 
 def restore(run, model, optimizer):
-    """Go back to the last checkpoint of a run. Returns its metrics: [] if there is none."""
-    if not (run / "checkpoint.pt").exists():
-        return []
+    """Go back to the last checkpoint of a run. Returns its metrics."""
     saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
-    masters = optimizer.param_groups[0]["params"]
-    for weight, master, value in zip(model.parameters(), masters, saved["masters"]):
-        weight.data.copy_(value)
-        master.data.copy_(value)
+    for weights in (model.parameters(), optimizer.param_groups[0]["params"]):
+        for weight, value in zip(weights, saved["masters"]):
+            weight.data.copy_(value)
     optimizer.load_state_dict(saved["optimizer"])
     return saved["metrics"]
 
@@ -667,16 +661,14 @@ def write_turns(path, turns, problems):
 
 def show_sessions(turns, problems, tokenizer):
     """Print a session for each kind of problem: one in which a critique helped, if there is one."""
-    tqdm.write("\nOne session of each kind. «Tokens» between these marks have w < 0.1.")
+    tqdm.write("\nOne session of each kind. «Tokens» in these marks have w < 0.1.")
     for kind in sorted({problem["kind"] for problem in problems}):
         of_kind = [turn for turn in turns if problems[turn.query]["kind"] == kind]
-        helped = [turn for turn in of_kind if turn.part == "critique" and turn.reward > 0]
-        shown = (helped or of_kind)[0]
+        shown = max(of_kind, key=lambda t: t.part == "critique" and t.reward > 0)
         tqdm.write(f"\n  problem   {problems[shown.query]['problem']}")
-        for turn in of_kind:
-            if turn.session == shown.session:
-                text = marked_text(turn, tokenizer)
-                tqdm.write(f"  {turn.part:9} {text}  -> reward {turn.reward:g}")
+        for t in of_kind:
+            if t.session == shown.session:
+                tqdm.write(f"  {t.part:9} {marked_text(t, tokenizer)}  -> reward {t.reward:g}")
 
 
 def marked_text(turn, tokenizer):
@@ -694,7 +686,7 @@ def evaluate(model, tokenizer, problems, config, log=None, critic=None):
     """Measure what the solver can do without critique, and what a critique adds.
 
     Returns a dict of figures. log: a file for all turns. critic: another model for the critiques.
-    The random draws are the same at every call. An attempt counts as right if it earns 1.
+    The random draws are the same at every call. Right is what earns 1.
     """
     torch.manual_seed(config.seed)
     config = dataclasses.replace(config, method="icrl", rounds=2, samples=config.eval_samples)
@@ -706,20 +698,19 @@ def evaluate(model, tokenizer, problems, config, log=None, critic=None):
     accuracy = mean(turn.reward == 1 for turn in first)
     figures = {"accuracy without critique": accuracy}
     for kind in sorted({problem["kind"] for problem in problems} - {""}):
-        right = [turn.reward == 1 for turn in first if problems[turn.query]["kind"] == kind]
-        figures[f"  {kind}"] = mean(right)
+        of_kind = [turn for turn in first if problems[turn.query]["kind"] == kind]
+        figures[f"  {kind}"] = mean(turn.reward == 1 for turn in of_kind)
     figures["accuracy after one critique"] = accuracy + sum(fixed) / len(first)
     figures["wrong answers that a critique fixes"] = mean(fixed)
     figures["interval"] = interval(accuracy, len(problems))
     return figures
 
 
-def interval(p, n):
+def interval(p, n, z=1.96):
     """Wilson's 95% interval (low, high) of a share p of n problems. It has a width at 0 and 1 too.
 
     With several attempts per problem it is wider than need be.
     """
-    z = 1.96
     middle = p + z**2 / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     return (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
@@ -753,7 +744,7 @@ def read_problem(row):
     problem = row["problem"] if "problem" in row else row["question"]
     answer = row["answer"] if "answer" in row else row["solution"]
     if str(answer).startswith('["'):
-        answer = json.loads(answer)                 # some data sets have a list as text
+        answer = json.loads(answer)             # some data sets have a list as text
     if isinstance(answer, list):
         answer = ", ".join(answer)
     answer = str(answer).rpartition("####")[2].strip()
@@ -771,7 +762,7 @@ def read_problem(row):
 # is_correct compares the last box of a response with the gold answer, in three steps:
 #   1. normalise   Bring both to one spelling: \dfrac12 is \frac1{2}, and 1,234 is 1234.
 #   2. same        Take lists, names, tuples and units apart.
-#   3. Formula     Compute what is left. Two formulas are equal if their values are, when each
+#   3. compute     Compute what is left. Two formulas are equal if their values are, when each
 #                  variable has the same random value in both.
 # What cannot be computed is compared as text. Nothing is handed to Python or sympy to run.
 # A checker that accepts a wrong answer trains the model to give it. So what no list below knows
@@ -779,38 +770,29 @@ def read_problem(row):
 
 # Our spelling: the other spellings. A matrix is ⟦(1,2),(3,4)⟧, and a set is ⦃1,2⦄.
 SPELLINGS = {
-    "": r"\left \right \big \Big \displaystyle", " ": r"\( \) \[ \] $ % \% ~ \, \; \: \quad \qquad",
-    "⟦(": r"\begin{pmatrix} \begin{bmatrix} \begin{matrix}", "),(": r"\\", r"\frac12": "½",
-    ")⟧": r"\end{pmatrix} \end{bmatrix} \end{matrix}", "⦃": r"\{", "⦄": r"\}", "$": r"\$",
-    r"\frac": r"\dfrac \tfrac \cfrac", r"\text": r"\mathrm \mbox \textbf \operatorname", "^": "**",
-    "*": r"\cdot \times × ·", "/": r"\div ÷", "-": "− –", "±": r"\pm", ",": "{,} & ;", "<": r"\lt",
-    ">": r"\gt", "≤": r"\le \leq <=", "≥": r"\ge \geq >=", "≠": r"\ne \neq", "=": r"\in ∈",
-    "∪": r"\cup", "∞": r"\infty", "°": r"\circ", "^2": "²", "^3": "³", r"\pi ": "π", r"\sqrt ": "√"}
+    "": r"\left \right \displaystyle", " ": r"\( \) \[ \] $ % \% ~ \, \; \quad", "),(": r"\\",
+    "⟦(": r"\begin{pmatrix} \begin{bmatrix} \begin{matrix}", "⦃": r"\{", "⦄": r"\}", "$": r"\$",
+    ")⟧": r"\end{pmatrix} \end{bmatrix} \end{matrix}", r"\frac": r"\dfrac \tfrac \cfrac",
+    r"\text": r"\mathrm \mbox \textbf", "*": r"\cdot \times ×", "^": "**", r"\pi ": "π", "^2": "²",
+    "-": "− –", ",": "{,} & ;", "=": r"\in", "≤": r"\le \leq", "≥": r"\ge \geq", "≠": r"\ne \neq",
+    "±": r"\pm", "∪": r"\cup", "∞": r"\infty", "°": r"\circ", r"\sqrt ": "√", r"\frac12": "½"}
 OURS = {other: ours for ours, others in SPELLINGS.items() for other in others.split()}
 # What is looked up there: a command or a sign.
-SIGN = r"\\(?:begin|end)\{[a-z]*\}|\\[A-Za-z]+|\\.|\*\*|[<>]=|\{,\}|[^A-Za-z0-9 ]"
+SIGN = r"\\(?:begin|end)\{[a-z]*\}|\\[A-Za-z]+|\\.|\*\*|\{,\}|[^A-Za-z0-9 ]"
 
-# A variable is x, a_1, \omega or R_{max}. A name is a variable, f(x) or (x,y).
-GREEK = "alpha|beta|gamma|delta|epsilon|eta|theta|lambda|mu|nu|rho|sigma|tau|phi|psi|omega|hbar"
+# A variable is x, a_1, \omega or R_{max}. A name is a variable, f(x) or (x,y), and then =.
+GREEK = "pi|alpha|beta|gamma|delta|epsilon|eta|theta|lambda|mu|nu|rho|sigma|tau|phi|psi|omega|hbar"
 VARIABLE = rf"(?:[A-Za-z]|\\(?i:{GREEK})(?![A-Za-z]))(?:_[A-Za-z0-9]|_\{{[^{{}}]*\}})?'*"
 NAME = rf"(?:^|(?<=,))(?:{VARIABLE}|(?:{VARIABLE})?\({VARIABLE}(?:,{VARIABLE})*\))="
-# The pieces of a formula. 2e3 and 1.5e-7 are numbers, but 2e-1 is twice Euler's number, minus 1.
-# Words, and calls such as f(2x) or I(0), stay in one piece: Formula cannot compute them.
-TOKEN = (rf"[A-Za-z]{{4,}}|[fghuFGHPUXY]'?\(|{VARIABLE}\(\w+\)|\\(?:sin|cos|tan|ln)\(|{VARIABLE}|"
-         r"\d*\.\d+(?:e-?\d{1,2})?|\d+e\d{1,2}|\d+|\\[A-Za-z]+|\S")
-FUNCTIONS = {r"\sin(": cmath.sin, r"\cos(": cmath.cos, r"\tan(": cmath.tan, r"\ln(": cmath.log}
-CONSTANTS = {r"\pi": math.pi, "e": math.e, "i": 1j}
 # A unit may be missing on one side. Two different units make two different answers.
 UNITS = ("mm|cm|km|kg|ft|inch|inches|feet|mile|mph|(?:centi|kilo)?(?:meter|gram)|pound|second|"
          "minute|hour|day|week|month|year|dollar|cent|percent|degree|unit|point|way|people|student")
 UNIT = rf"(?:(?<=[0-9)}}])| )(?:(?:square |sq |cubic |per |/)?(?:{UNITS})s?(?:\^[23])? ?)+$"
-# The base of a number, as in 204_5.
-BASE = r"(?<=\d)_(?:\d|\{\d+\})$"
 
 # What to find, and what to put in its place, in this order.
 REWRITES = [
     # sqrt(2) is \sqrt(2). Some models escape \\frac twice. Then other spellings become ours.
-    (r"\s+", " "), (r"(?<![\\A-Za-z])(sqrt|pi|exp|ln|sin|cos|tan)(?![A-Za-z])", r"\\\1"),
+    (r"(?<![\\A-Za-z])(sqrt|pi|ln|sin|cos|tan)(?![A-Za-z])", r"\\\1"),
     (r"(?<!\\)\\\\(?=[a-z]{3})", r"\\"), (SIGN, lambda match: OURS.get(match[0], match[0])),
     # Degrees may be left out. 8\text{cm} is 8 cm.
     (r"\^\{ *° *\}|\^?°|\\(?= )", " "), (r"\\! ?", ""), (r"\\text *\{([^{}]*)\}", r" \1 "),
@@ -820,14 +802,24 @@ REWRITES = [
     (r"(\\frac *(?:\d|\{[^{}]*\})|\\sqrt) *(\d)", r"\1{\2}"),
     (r"(?<![\w.}^/])(\d+)( *\\frac(?:\d|\{\d+\})\{\d+\}| \d+/\d+)", r"(\1+\2)"),
     # x^{2} is x^2. Spaces have a meaning only between letters and digits.
-    (r"([_^])\{ *(\w) *\}", r"\1\2"), (r" *([^A-Za-z0-9 ]) *", r"\1"), (r",\(\)⟧", "⟧"),
-    (r"\\exp(?=[({])", "e^"), (r"\+∞", "∞"), (r"\$(\d+(\.\d+)?)", r"\1 dollars"),
-    # \sin^2 x \cos y is \sin(x)^2\cos(y). But \sin x/2 may mean two things.
-    (rf"(\\(?:sin|cos|tan|ln))(\^\d)? ?(\d*(?:{VARIABLE}|\\pi)|\d+)(?! ?[\w./^({{])", r"\1(\3)\2"),
-    # Sets need no brackets, and letters none: (A) is A.
+    (r"([_^])\{ *(\w) *\}", r"\1\2"), (r"\s*([^A-Za-z0-9\s])\s*", r"\1"),
+    # $5 is 5 dollars. A set needs no brackets, and a capital letter none: (A) is A.
+    (r"\+?(∞|(?i:infinity))", "∞"), (r"\$(\d+(\.\d+)?)", r"\1 dollars"),
     (r"^(.*=)?(?:⦃([^⦃⦄]*)⦄|\{([^{}]*)\}|\(([A-Z])\))$", r"\1\2\3\4"),
     # 1±2 are two answers, and so is 3 and 4. But x>1 and x<3 is not x>1 or x<3.
     (r"^([^,±]*)±([^,±]*)$", r"\1+\2,\1-\2"), (r",? ?\b(and|or)\b ?(?=[^<>≤≥≠]*$)", ",")]
+
+# The pieces of a formula. 2e3 and 1.5e-7 are numbers, but 2e-1 is twice the number e, minus 1.
+# Words, and calls such as f(2x) or I(0), stay in one piece: they cannot be computed.
+TOKEN = (rf"[A-Za-z]{{4,}}|[fghuFGHPUXY]'?\(|{VARIABLE}\(\w+\)|{VARIABLE}|\\sqrt(?:\[\d\])?|"
+         r"\d*\.\d+(?:e-?\d{1,2})?|\d+e\d{1,2}|\d+|\\[A-Za-z]+|\S")
+# How strongly a sign binds, and what it does.
+SIGNS = {"+": (1, operator.add), "-": (1, operator.sub), "*": (2, operator.mul),
+         "/": (2, operator.truediv), "^": (3, operator.pow)}
+# We compute with 200 digits. Sizes under 1e-75 or above 1e75 raise an exception (0 does not). So
+# no summand is too small to be seen, and 9^{9^9} cannot fill the memory.
+PRECISE = decimal.Context(prec=200, Emin=-75, Emax=75, traps=[
+    decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow, decimal.Subnormal])
 
 
 def extract_answer(text: str) -> str | None:
@@ -848,26 +840,27 @@ def is_correct(response: str, answer: str) -> bool:
     checkers decide otherwise in some cases. These are our policies:
       - The value counts, not the form: 2/6 is 1/3. So a formula that is copied from the problem
         without solving it is right, if its value is the answer. Every checker by value does this.
-      - A decimal is exact: 0.33 is not 1/3. Next to a root or \pi, 13 equal digits are enough.
+      - A decimal is exact: 0.33 is not 1/3. Only from 160 equal digits on, we see no difference.
+      - A variable stands for a positive number: \sqrt{x^2} is x. The letters e, i and \pi count as
+        variables, too: \pi is not 3.14, and i^2 is not -1.
+      - Functions such as \sin and \ln are compared as text, and so is a number above 1e75.
       - A list or a set may come in any order. A tuple, an interval or a matrix may not.
       - A name (x=5), a unit (5 cm) or one of the signs % and ° may be missing on either side. But
         35% is not 0.35, and \cos 30° is \cos 30. A base (204_5) may be missing in the response.
-      - A variable stands for a positive number: \sqrt{x^2} is x.
       - Words ignore case, and so do the letters A to E. Other letters do not.
     """
     if not isinstance(response, str) or not isinstance(answer, (str, int)):
         return False
     try:
-        gold, pred = normalise(str(answer)), normalise(extract_answer(response) or "")
-        return pred != "" and (gold == pred or len(gold + pred) < 700 and same(gold, pred))
-    except (ValueError, RecursionError):        # an int of 5,000 digits, brackets 300 deep
-        return False
+        gold, pred = str(answer), extract_answer(response) or ""
+        short = len(gold + pred) < 300
+        return gold == pred != "" or short and same(normalise(gold), normalise(pred))
+    except (ValueError, ArithmeticError, IndexError, RecursionError):
+        return False                # something cannot be read or computed
 
 
 def normalise(text):
-    """`text` in our spelling. A text of more than 300 characters stays as it is."""
-    if len(text) > 300:
-        return text
+    """`text` in our spelling."""
     for pattern, new in REWRITES:
         text = re.sub(pattern, new, text)
     return " ".join(text.split()).strip(",:").rstrip(" .")
@@ -875,8 +868,7 @@ def normalise(text):
 
 def split(text):
     """The parts of `text` between the commas that stand outside all brackets."""
-    depth = 0
-    marked = ""
+    marked, depth = "", 0
     for char in text:
         depth += (char in "([{⟦⦃") - (char in ")]}⟧⦄")
         marked += "\0" if char == "," and depth == 0 else char
@@ -884,17 +876,19 @@ def split(text):
 
 
 def same(gold, pred):
-    """Say whether two answers are equal. The items of a list may come in any order."""
+    """Say whether two answers of any kind are equal."""
     # The name x may be missing in x=5 or in x=1,x=2.
-    names = re.findall(NAME, f"{gold},{pred}")
-    if len(set(names)) == 1:
+    if len(set(re.findall(NAME, f"{gold},{pred}"))) == 1:
         gold, pred = re.sub(NAME, "", gold), re.sub(NAME, "", pred)
+    # A list may come in any order. But x=1, y=2 is 1, 2, and not 2, 1.
     golds, preds = split(gold), split(pred)
-    if len(golds) == len(preds) == 1:
-        return same_item(gold, pred)
-    # x=1, y=2 is 1, 2. But it is not 2, 1.
     any_order = ("=" in gold) == ("=" in pred)
-    return same_parts(golds, preds) or any_order and same_parts(sorted(golds), sorted(preds))
+    # A tuple, an interval or a matrix may not.
+    if len(golds) == len(preds) == 1 and gold[:1] + gold[-1:] == pred[:1] + pred[-1:]:
+        golds, preds, any_order = split(gold[1:-1]), split(pred[1:-1]), False
+    if len(golds) == len(preds) == 1:
+        return gold == pred != "" or same_value(gold, pred)
+    return any_order and same_parts(sorted(golds), sorted(preds)) or same_parts(golds, preds)
 
 
 def same_parts(golds, preds):
@@ -902,100 +896,59 @@ def same_parts(golds, preds):
     return len(golds) == len(preds) and all(map(same, golds, preds))
 
 
-def same_item(gold, pred):
-    """Say whether two answers that are no lists are equal."""
-    # A tuple, an interval or a matrix.
-    golds, preds = split(gold[1:-1]), split(pred[1:-1])
-    if len(golds) > 1 and gold[0] in "([⟦":
-        return gold[0] + gold[-1] == pred[:1] + pred[-1:] and same_parts(golds, preds)
-    # Only one side may leave its unit out, and only the prediction its base.
-    bare_gold, bare_pred = re.sub(f"{UNIT}|{BASE}", "", gold), re.sub(UNIT, "", pred)
-    return gold == pred or same_value(bare_gold, pred) or same_value(gold, bare_pred)
-
-
 def same_value(gold, pred):
     """Say whether two formulas have the same value, or two words differ in case only."""
     if re.fullmatch("[A-Za-z ]+", gold + pred):
         return (len(gold) > 2 or gold in tuple("ABCDE")) and gold.casefold() == pred.casefold()
-    try:
-        gold_value, pred_value = Formula(gold).value, Formula(pred).value
-        difference = abs(gold_value - pred_value)
-        return difference <= (0 if isinstance(difference, Fraction) else 1e-13 * abs(gold_value))
-    except (ValueError, ArithmeticError, IndexError):       # one of them cannot be computed
-        return False
+    # Only one side may leave its unit out, and only the prediction its base, as in 204_5.
+    if not re.search(UNIT, pred):
+        gold = re.sub(UNIT + r"|(?<=\d)_(?:\d|\{\d+\})$", "", gold)
+    elif not re.search(UNIT, gold):
+        pred = re.sub(UNIT, "", pred)
+    gold_value, pred_value = value_of(gold), value_of(pred)
+    return abs(gold_value - pred_value) <= abs(gold_value) * Decimal("1e-160")
 
 
-class Formula:
-    """Computes the value of a formula by recursive descent.
+def value_of(text):
+    """The value of a formula. What cannot be computed raises an exception."""
+    tokens = re.findall(TOKEN, text) + [""]             # the empty token is the end
+    with decimal.localcontext(PRECISE):
+        value = compute(tokens)
+    if tokens != [""] or not value.is_finite():
+        raise ValueError("two numbers without a sign, a bracket too many, or 0^{-1}")
+    return value
 
-    Whole numbers, fractions and decimals are exact. What cannot be read raises an exception. What
-    cannot be computed safely is not a number (nan), and that is equal to nothing.
+
+def compute(tokens, bond=0):
+    """Take a formula from the start of `tokens`, and return its value.
+
+    It ends before the first sign that does not bind more strongly than `bond`. With 1, as after
+    a + or -, it is a product. With 2, it is a power, and with 3 a number, a letter or a bracket.
     """
-
-    def __init__(self, text):
-        self.tokens = re.findall(TOKEN, text) + [""]        # the empty token is the end
-        # A float would lose a digit after the 13th. It would also lose a small summand: see `sum`.
-        self.must_be_exact = re.search(r"\d{13}", text) is not None
-        value = self.sum("")
-        self.value = value if isinstance(value, Fraction) or not self.must_be_exact else math.nan
-
-    def take(self, *tokens):
-        """Take the next token if it is one of these."""
-        return self.tokens.pop(0) if self.tokens[0] in tokens else None
-
-    def sum(self, end):
-        """The value of what stands before the token `end`."""
-        value = self.product()
-        while self.tokens[0] in ("+", "-"):         # `factor` reads the sign
-            summand = self.product()
-            small, large = sorted([abs(value), abs(summand)])
-            self.must_be_exact |= 0 < small * 10**6 < large
-            value += summand
-        return value if self.tokens.pop(0) == end else math.nan
-
-    def product(self):
-        """Factors with a sign between them or, as in 2x, without. 1 2 is nothing."""
-        value = self.factor()
-        while re.match(r"[*/({\\A-Za-z]", self.tokens[0]):
-            sign = self.take("*", "/")
-            value = value / self.factor() if sign == "/" else value * self.factor()
-        return value
-
-    def factor(self):
-        """A power with its sign. -2^2 is -4, and 2^3^2 is 2^9."""
-        if self.tokens[0] in ("+", "-"):
-            return self.factor() if self.tokens.pop(0) == "+" else -self.factor()
-        base = self.atom()
-        return self.power(base, self.factor()) if self.take("^") else base
-
-    def power(self, base, exponent):
-        """base ** exponent, unless it has too many digits: 9^{9^9} would fill the memory."""
-        if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent % 1 == 0:
-            bits = abs(exponent) * ((base.numerator * base.denominator).bit_length() - 1)
-            return base ** exponent if bits < 2500 else math.nan
-        return moderate(complex(base) ** moderate(exponent, 1e-5, 1e4), 1e-99, 1e99)
-
-    def atom(self):
-        """A number, a variable, a bracket, a fraction, a root or a function."""
-        token = self.tokens.pop(0)
-        if token in ("(", "{"):
-            return self.sum(")" if token == "(" else "}")
-        if token == r"\frac":
-            return self.atom() / self.atom()
-        if token == r"\sqrt":
-            degree = self.sum("]") if self.take("[") else Fraction(2)
-            return self.power(self.atom(), 1 / degree)
-        if token in FUNCTIONS:
-            return FUNCTIONS[token](moderate(self.sum(")"), 1e-5, 1e4))
-        if token not in CONSTANTS and re.fullmatch(VARIABLE, token):
-            # The value depends on the name only, so it is the same on both sides.
-            return Fraction(random.Random(token).randint(10**6, 2 * 10**6), 10**6)
-        return CONSTANTS.get(token) or Fraction(token)
-
-
-def moderate(value, low, high):
-    r"""`value`, or nan if rounding may hide that it is not 0 or infinite: see \cos 10^{-20}."""
-    return value if low < abs(value) < high else math.nan
+    token = tokens.pop(0)
+    if token in ("+", "-"):
+        value = SIGNS[token][1](0, compute(tokens, 2))          # -2^2 is 0-2^2
+    elif token in ("(", "{"):
+        value = compute(tokens)
+        if tokens.pop(0) not in (")", "}"):
+            raise ValueError("a bracket is not closed")
+    elif token == r"\frac":
+        value = compute(tokens, 3) / compute(tokens, 3)
+    elif token.startswith(r"\sqrt"):
+        value = compute(tokens, 3) ** (1 / Decimal(token[6:-1] or 2))       # as in \sqrt[3]
+    elif re.fullmatch(VARIABLE, token):
+        # The value depends on the name only, so it is the same on both sides.
+        value = Decimal(random.Random(token).uniform(1, 2))
+    else:
+        value = +Decimal(token)         # This raises an exception if it is no number.
+    while True:
+        sign = "*" if re.match(r"[({\\A-Za-z]", tokens[0]) else tokens[0]   # 2x is 2*x
+        strength, function = SIGNS.get(sign, (0, None))
+        if strength <= bond:
+            return value
+        if sign == tokens[0]:
+            tokens.pop(0)
+        value = function(value, compute(tokens, 2 if sign == "^" else strength))
 
 
 # ---------------------------------------------------------------------------------- command line
@@ -1014,8 +967,6 @@ def parse(argv=None):
     changed = {name for name in saved if getattr(config, name) != saved[name]} - MAY_CHANGE
     if config.resume and changed:
         raise UsageError(f"a run that is resumed keeps its {', '.join(sorted(changed))}")
-    if config.samples < 2 and config.steps > 0:
-        raise UsageError("training compares the sessions of a problem: give --samples 2 or more")
     if config.device not in ("cpu", str(torch.accelerator.current_accelerator())):
         raise UsageError(f"--device {config.device}: torch finds no such device here")
     config.out = config.out or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
@@ -1026,20 +977,19 @@ def print_table(before, after):
     """Print the figures of two evaluations, and the interval of the last accuracy."""
     note = "   ({:.2f} to {:.2f})".format(*after["interval"])
     print(f"\n{'':38} before   after")
-    for name in before:
-        if name != "interval":
-            values = [figures[name] for figures in (before, after)]
-            cells = ["-" if value is None else f"{value:.2f}" for value in values]
-            print(f"{name:38} {cells[0]:>6}  {cells[1]:>6}{note}")
-            note = ""                               # it belongs to the first line
+    for name in list(before)[:-1]:              # the last figure is the interval
+        cells = ["-" if row[name] is None else f"{row[name]:.2f}" for row in (before, after)]
+        print(f"{name:38} {cells[0]:>6}  {cells[1]:>6}{note}")
+        note = ""                               # it belongs to the first line
 
 
 def main(argv=None):
     """Train, and print the figures before and after."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if hasattr(sys.stdout, "reconfigure"):          # not in a notebook
-        sys.stdout.reconfigure(errors="replace")    # a console may lack a letter
+    # A console may lack a letter. A notebook has another kind of output.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
     try:
         config = parse(argv)
         metrics = train(config)

@@ -488,7 +488,7 @@ def test_an_attempt_that_is_cut_off_earns_nothing(monkeypatch):
         (0.0, True), (1.0, False), (0.0, True), (0.0, False)]
     figures = icrl.rollout_figures(turns)
     assert (figures["first_truncated"], figures["first_reward"]) == (0.5, 0.25)
-    assert (figures["first_tokens"], figures["tokens"]) == (limit, 4 * limit)
+    assert figures["tokens"] == 4 * limit
     assert figures["critique_reward"] is None       # of nothing there is no mean
 
 
@@ -706,9 +706,10 @@ def results(config, name, **changes):
     run = Path(config.out).with_name(name)
     icrl.train(dataclasses.replace(config, out=str(run), **changes))
     saved = torch.load(run / "checkpoint.pt")
-    moments = [m for of_weight in saved["moments"].values() for m in of_weight.values()]
+    states = saved["optimizer"]["state"].values()
+    moments = [moment for state in states for moment in state.values()]
     turns = {file.name: lines(file) for file in run.glob("*-*.jsonl")}
-    return lines(run / "metrics.jsonl"), turns, [x.tolist() for x in saved["weights"] + moments]
+    return lines(run / "metrics.jsonl"), turns, [x.tolist() for x in saved["masters"] + moments]
 
 
 def test_a_run_writes_its_figures_and_turns_and_visits_each_problem_once_an_epoch(short_run):
@@ -753,12 +754,8 @@ def test_a_resumed_run_equals_an_uninterrupted_run(changes, device, short_run, m
     assert resumed == whole or device == "cuda"
 
 
-def test_adamw_has_the_authors_settings_and_a_resumed_run_its_own_learning_rate(tmp_path):
-    model = tiny_model()
-    optimizer, other = (icrl.make_optimizer(model, settings(lr=lr)) for lr in (0.5, 0.25))
-    icrl.save(tmp_path, model, TOKENIZER, optimizer, [])
-    icrl.restore(tmp_path, model, other)
-    adam, = other.param_groups
+def test_adamw_has_the_settings_of_the_authors():
+    adam, = icrl.make_optimizer(tiny_model(), settings(lr=0.25)).param_groups
     assert (adam["lr"], adam["weight_decay"], adam["betas"]) == (0.25, 0.1, (0.9, 0.98))
 
 
@@ -806,8 +803,7 @@ BAD_MODELS = {
     "changes the problem": lambda f: (f / "chat_template.jinja").write_text(NO_SPACES),
     "no chat template": lambda f: (f / "chat_template.jinja").unlink(),
     "end of a text": lambda f: store(tiny_model(), f, "generation_config.json", eos_token_id=-1),
-    "too large": lambda f: tiny_model(vocab_size=EOS + 1).save_pretrained(f),
-    "other tokens": lambda f: random_model("bert").save_pretrained(f),      # it reads both ways
+    "does not sample what": lambda f: random_model("bert").save_pretrained(f),      # it reads both ways
 }
 
 
@@ -835,15 +831,14 @@ def test_the_shipped_model_learns():
     config = icrl.Config(lr=1e-3, device="cpu")
     model, tokenizer = icrl.load_model(config.model, config)
     optimizer = icrl.make_optimizer(model, config)
-    problems = [p for p in icrl.load_problems(config.data) if "(" in p["problem"]]
-    problems = [p for p in problems if p["kind"] == "method"][:8]
+    problems = [p for p in icrl.load_problems(config.data) if "value" in p["kind"]][:8]
     rewards = []
     torch.manual_seed(0)
     for _ in range(8):
         turns = icrl.rollout(model, tokenizer, problems, config)
         icrl.update(model, optimizer, turns, config)
         rewards.append(icrl.rollout_figures(turns)["first_reward"])
-    assert statistics.mean(rewards[-2:]) > statistics.mean(rewards[:2]) + 0.2
+    assert statistics.mean(rewards[-2:]) > statistics.mean(rewards[:2]) + 0.4
 
 
 def test_a_session_of_each_kind_is_shown_in_which_a_critique_helped(capsys):
@@ -915,18 +910,57 @@ def test_the_first_line_that_cannot_be_used_is_named(line, tmp_path):
 
 # ------------------------------------------------------------------------------- answer checking
 
-# <answer tables>: kind -> list of (gold, prediction)
+# Pairs of a gold answer and a predicted one, by kind.
 EQUAL = {
-    "fractions": [("1/2", r"\frac{1}{2}"), ("0.5", r"\dfrac12"), ("3/4", "75/100")],
-    "numbers": [("1,234", "1234"), ("5 cm", "5"), ("x=5", "5")],
-    "lists": [("1, 2", "2, 1"), ("(1,2)", "(1, 2)"), (r"\text{blue}", "blue")],
+    "number": [("42", "042"), ("-42", "−42.0"), ("61200", r"\$61,200"), ("61,200", "61{,}200")],
+    "fraction": [(r"\frac{7}{9}", r"\dfrac79"), (r"\frac79", "14/18"), (r"\frac74", "1.75")],
+    "mixed number": [(r"\frac{11}{4}", r"2\frac{3}{4}"), ("-2.75", "-2 3/4"), ("2.5", "2½")],
+    "root or power": [(r"6\sqrt{2}", r"\sqrt{72}"), (r"\sqrt[3]{54}", r"3\sqrt[3]2"),
+                      ("2^{40}", "4**20"), ("0.00052", r"5.2 \times 10^{-4}")],
+    "formula": [("(t+1)^2", "t^2 + 2t + 1"), (r"\frac{1}{2}n", "n/2"), ("e^{k-1}", "e^k/e"),
+                (r"r^2\pi + \frac{r}{\sqrt2}", r"\pi r^2 + \frac{r\sqrt2}{2}")],
+    "list": [("3, 8", r"8 \text{ and } 3"), ("3, 8", r"\{8,3\}"),
+             (r"1 \pm \sqrt5", r"1-\sqrt5,1+\sqrt5")],
+    "tuple": [("(2, 0.5)", r"\left(2, \frac12\right)"), ("[0,4)", r"\left[0, 4\right)"),
+              (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix}1&2\\3&4.0\end{bmatrix}")],
+    "name": [("7", "x = 7"), ("2n+1", "f(n)=1+2n"), ("n=3,5", "5, 3"), ("4, 9", "a = 4, b = 9")],
+    "unit or base": [("15", r"15 \text{ cm}"), (r"60^\circ", "60"), ("19", r"19\%"),
+                     ("312_5", "312")],
+    "word": [(r"\text{Tuesday}", "tuesday"), ("(C)", r"\textbf{C}"),
+             ("No solution", "no solution")],
 }
 UNEQUAL = {
-    "fractions": [("1/2", "1/3"), ("0.5", "0.51"), ("2", "1/2")],
-    "numbers": [("42", "42!"), ("3", "3 million"), ("5", "-5")],
-    "lists": [("1, 2", "1, 2, 3"), ("(1,2)", "(2,1)"), ("blue", "red")],
+    "number": [("42", "-42"), ("42", "4 2"), ("0.33", r"\frac13"), (r"\frac{3}{5}", "35")],
+    "thousands": [("1234", "1, 234"), ("(1,234)", "1234"), ("1.5", "1,5"), ("1234", "12,34")],
+    "word after a number": [("6", "6 sevenths"), ("6", "6 factorial"), ("6", "6 wrong"),
+                            ("6", "6 million")],
+    "unit": [("2 km", "2 m"), (r"2\text{ liters}", r"2\text{ milliliters}"), (r"\$2", "2 cents")],
+    "left side": [("9", r"\sqrt{y}=9"), ("9", "|y|=9"), ("9", "-y=9"), ("9", "y!=9"),
+                  ("9", "2y=9")],
+    "repeating decimal": [("0", "0.(7)"), ("0", r"0.\dot 7"), ("7", r"1.\overline{7}"),
+                          ("14", "2.(7)")],
+    "call": [("f(3x)", "3f(x)"), ("g(a+b)", "ga+gb"), ("I(0)", "0"), ("u(10)", "10u")],
+    "exponent": [("0.3", "3e-1"), ("3e2", "6e"), (r"\sec^{-1} t", r"\cos t"), ("x^{12}", "x^1 2")],
+    "underflow": [("0", "7e^{-2000k}"), ("1", r"1+e^{-90}"), ("1", r"\cos(10^{-12})")],
+    "size": [("0", "10^{-200}"), ("10^{90}", "10^{90}+1"), ("0^{-1}", "5"), ("1/Infinity", "0")],
+    "summand": [("3^{80}", "3^{80}+k"), ("k^{40}-1", "k^{40}+1"), (r"\sqrt{10^{24}+1}", "10^{12}")],
+    "close decimal": [(r"\sqrt{3}", "1.7320508"), (r"\pi", "3.14159265"),
+                      ("884736744", r"e^{\pi\sqrt{43}}")],
+    "false equation": [(r"\frac14=25\%", "3=4"), (r"\frac14", "3=4"), ("5", "x=4=5"),
+                       ("25", "x=2x=5")],
+    "and, or": [("x<1 or x>5", "x<1 and x>5"), ("x>1 and x<5", "x>1 or x<5"), ("4", "4 or 6")],
+    "inequality": [(r"x \ge 2", "x > 2"), ("x > 2", "y > 2"), ("2 < x < 5", "5 < x < 2"),
+                   ("x<2", "2")],
+    "list": [("3, 8", "3"), ("3, 3, 8", "3, 8, 8"), (r"\pm 3", "3"),
+             (r"\{1,2\},\{3\}", r"\{1\},\{2,3\}")],
+    "brackets": [("(3, 8)", "(8, 3)"), ("(3, 8)", "[3, 8]"), ("(1,2),(3,4)", r"(1,2)\cup(3,4)"),
+                 (r"\begin{pmatrix}1\\2\end{pmatrix}", "(1,2)")],
+    "name": [("x=6", "y=6"), ("y=2x", "x=2y"), ("x=1,x=2", "y=1,y=2"), ("x=3, y=8", "8, 3")],
+    "base": [("312_5", "312_6"), ("x_{12}", "x_12")],
+    "two readings": [(r"\frac{\sin x}{2}", r"\sin x/2"), (r"\frac15", r"\cos 2\pi/5"),
+                     ("3015", r"30° 15")],
+    "letters": [("IV", "VI"), ("on", "no"), ("n", "N"), (r"\text{Ann}", "Ann and Bob")],
 }
-# </answer tables>
 
 
 def pairs(table):
@@ -1022,7 +1056,7 @@ def test_resume_keeps_the_saved_settings_but_the_run_may_be_longer(saved_run):
 
 @pytest.mark.parametrize("flag", ["eval_samples", "heldout", "temperature", "seed"])
 def test_resume_refuses_flags_that_make_it_another_run(flag, saved_run):
-    with pytest.raises(icrl.UsageError, match=f"--{flag} cannot change"):
+    with pytest.raises(icrl.UsageError, match=f"keeps its {flag}"):
         icrl.parse(["--resume", saved_run.out, f"--{flag}=3"])
 
 
@@ -1034,8 +1068,8 @@ def test_settings_of_another_version_are_refused(saved_run):
 
 @pytest.mark.parametrize("argv, words", [
     ("--step 1", "unrecognized"), ("--method sideways", "invalid choice"), ("--out TMP", "TMP"),
-    ("--samples 1", "--samples 2 or more"), ("--device tpu", "--device tpu"),
-    ("--data TMP/none", "TMP/none"), ("--data TMP/empty", "TMP/empty holds no problems"),
+    ("--device tpu", "--device tpu"),
+    ("--data TMP/none", "TMP/none"), ("--data TMP/empty", "TMP/empty, line 1"),
     ("--model TMP/none", "TMP/none"), ("--resume TMP/none", "TMP/none"),
     ("--data TMP/one --heldout TMP/one", "share problems"),
     ("--max_response 999", "lower --max_response")])

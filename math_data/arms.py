@@ -61,8 +61,7 @@ def fixed_critique(text):
     def generate_turns(model, tokenizer, part, sessions, prompts, config, free_prompts=None):
         if part != "critique":
             return GENERATE_TURNS(model, tokenizer, part, sessions, prompts, config, free_prompts)
-        return [icrl.Turn(s // config.samples, s, part, prompt, prompt, [], text, False)
-                for s, prompt in zip(sessions, prompts)]
+        return [icrl.Turn(s // config.samples, s, part, [], [], [], text, False) for s in sessions]
     return generate_turns
 
 
