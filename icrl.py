@@ -2,16 +2,17 @@
 # SPDX-License-Identifier: MIT
 """ICRL in one file: a language model learns from its own critique (arXiv 2605.15224).
 
-One model plays two roles. Only the prompt tells them apart. The solver attempts a problem q. If
-the attempt fails, the critic (the same weights) writes a critique c of it. The solver then tries
-again with c in its prompt. This second attempt y is called a revision. One policy-gradient step
-then trains both roles. Equations are numbered as in the paper.
+One model plays two roles. Only the prompt tells them apart. The solver attempts a problem q (also
+called query). If the attempt fails, the critic (the same weights) writes a critique c of it. The
+solver then tries again with c in its prompt. This second attempt y is called a revision. All of
+this together is a session. A rollout is all sessions of a step, G for each problem. Then one
+policy-gradient step trains both roles. Equations are numbered as in the paper.
 
     Eq. 3   A critique earns 1 if the revision is right. Otherwise it earns what the revision
             gained over the attempt.
     Eq. 4   A revision is trained as if the solver had seen q alone. Each of its tokens y_t has
-            the weight w_t = pi_old(y_t | q, y_<t) / pi_old(y_t | q, c, y_<t), at most 2. If only
-            c made a token likely, it counts little. pi_old is the model that sampled.
+            the weight w_t = pi_old(y_t | q, y_<t) / pi_old(y_t | q, c, y_<t), at most 2. A token
+            that only c made likely gets a small weight. pi_old is the model that sampled.
     Eq. 5   An advantage A is a reward, normalised among the outputs of the same role on the same
             problem.
     Eq. 6   J = mean of w_t min(rho_t A, clip(rho_t) A), where rho_t = pi / pi_old. Both are
@@ -64,7 +65,7 @@ class Config:
     """All settings of a run. Each field is also a command-line flag."""
     preset: Literal["tiny", "qwen3"] = flag("tiny", "defaults for the small model, or for Qwen3")
     resume: str = flag("", "go on with the run in this folder, with its settings")
-    out: str = flag("", "new folder for the run; empty: one in runs/")
+    out: str = flag("", "folder of the run, must be new; empty: runs/ and the time")
     model: str = flag(f"{WORLD}/model", "Hugging Face model: a name or a folder")
     data: str = flag(f"{WORLD}/train.jsonl", "training problems (JSONL)")
     heldout: str = flag(f"{WORLD}/heldout.jsonl", "problems for the evaluation (JSONL)")
@@ -77,10 +78,10 @@ class Config:
     rounds: int = flag(2, "attempts per session at most (K)")
     max_response: int = flag(48, "tokens per attempt at most")
     max_critique: int = flag(48, "tokens per critique at most")
-    temperature: float = flag(1.0, "used for sampling and for every log-prob")
+    temperature: float = flag(1.0, "above 0; used for sampling and for every log-prob")
     # update
     steps: int = flag(50, "training steps; 0: only evaluate --model on --heldout")
-    inner_steps: int = flag(1, "optimiser steps per rollout; with 1, nothing is clipped")
+    inner_steps: int = flag(1, "optimiser steps per rollout; with 1, rho is always 1")
     lr: float = flag(3e-4, "learning rate (constant)")
     # memory
     sample_batch: int = flag(256, "completions sampled at a time")
@@ -97,7 +98,7 @@ class Config:
 PRESETS = {"tiny": {}, "qwen3": dict(
     model="Qwen/Qwen3-4B-Instruct-2507", lr=1e-6, steps=100, max_response=1024, max_critique=512,
     bf16=True, checkpointing=True, sample_batch=32, micro_tokens=4096, eval_every=10)}
-# What --resume may change. With another value of any other flag, it would not be the same run.
+# What --resume may change. (Another batch size or device changes the last digits.)
 MAY_CHANGE = {"resume", "device", "steps", "sample_batch", "micro_tokens", "eval_every"}
 
 
@@ -127,7 +128,7 @@ def role_advantages(rewards, groups, delta=1e-6):
 
     rewards: B floats. groups: B keys, for ICRL (problem, role). Returns (B,) float32.
     Paper: the kind of std is left open; here it divides by n - 1. A group of one, or of equal
-    rewards, gives exactly 0. Otherwise rounding noise, divided by delta, would look like a signal.
+    rewards, gives exactly 0. Without this rule, rounding noise divided by delta would be a signal.
     """
     rewards = torch.as_tensor(rewards, dtype=torch.float32)
     advantages = torch.zeros_like(rewards)
@@ -152,7 +153,7 @@ def icrl_objective(logp, logp_old, advantages, weights, mask, clip_low=0.2, clip
     """
     rho = (logp - logp_old.detach()).exp()
     A = advantages[:, None]
-    # The weight stands outside the min. Inside, it would change which tokens are clipped.
+    # The weight stands outside the clip. Inside, it would change which tokens are clipped.
     J = weights.detach() * torch.min(rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A)
     return ((J * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
@@ -173,7 +174,7 @@ def solver_prompt(problem, critique=""):
     A revision is a fresh attempt: its prompt holds no failed attempt, no older critique and no
     reward. Without a critique this is the prompt of a first attempt. Revisions are trained under
     that one, too.
-    Paper: an empty critique is not mentioned. Here the revision is then a plain second attempt.
+    Paper: it does not say what follows an empty critique. Here it is a plain second attempt.
     """
     tips = f"\n\nTips from the critic of an earlier attempt:\n{critique}" if critique else ""
     return f"{SOLVER}\n\nProblem:\n{problem}{tips}"
@@ -204,7 +205,8 @@ def chat_text(tokenizer, prompt):
 def without_control_tokens(tokenizer, text):
     """`text` with a space in place of each control token, such as <|im_end|>.
 
-    Control tokens are the special ones, and those that the chat template itself prints.
+    Control tokens are the special ones, and those that the chat template itself prints. Without
+    the space, the texts before and after could join to a new one.
     """
     template = chat_text(tokenizer, "")
     for token in tokenizer.added_tokens_decoder.values():
@@ -217,14 +219,14 @@ def encode_chat(tokenizer, prompt):
     """Token ids (a list) of a prompt in the chat template.
 
     An attempt or a critique is model output that stands in a user's turn. A control token in it
-    could end that turn, so it is removed.
+    could end that turn, so it becomes a space.
     """
     text = chat_text(tokenizer, without_control_tokens(tokenizer, prompt))
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def visible_text(tokenizer, prompt, completion):
-    """The text of a completion behind its thoughts, without control tokens.
+    """The text of a completion after its thoughts, without control tokens.
 
     prompt, completion: token ids. Thoughts stand between <think> and </think>. Some templates
     print <think> at the end of the prompt. What follows a <think> that never ends does not count.
@@ -242,7 +244,7 @@ def stop_tokens(model, tokenizer):
 
     These are the EOS ids of the tokenizer and of the checkpoint, and the token that ends the
     assistant's turn in the chat template. The last one differs from EOS in some base models.
-    Without it, their answers would never end. "zebra" marks the place in the template.
+    Without it, their answers would never end. What follows the answer "zebra" is that token.
     """
     eos = model.generation_config.eos_token_id
     turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "zebra"}]
@@ -261,10 +263,11 @@ def sample(model, tokenizer, prompts, max_new_tokens, temperature=1.0, piece=64)
 
     All prompts form one batch. Each call of `generate` adds at most `piece` tokens. Between two
     calls the finished rows leave the batch, so that short completions do not wait for long ones.
+    The price is small: each call reads the unfinished rows again.
     """
     stops = stop_tokens(model, tokenizer)
-    # `generate` follows the generation config of the checkpoint (Qwen3: top_k 20). The policy
-    # that samples would not be the policy that is scored. So that config is replaced.
+    # The generation config of the checkpoint may cut the distribution (Qwen3: top_k 20). Then the
+    # policy that samples is not the one that is scored. So it is replaced, also in what is saved.
     model.generation_config = transformers.GenerationConfig(
         do_sample=temperature > 0, temperature=temperature or 1.0, top_p=1.0,
         top_k=0 if temperature > 0 else None, eos_token_id=sorted(stops), pad_token_id=min(stops))
@@ -293,8 +296,7 @@ def completion_logprobs(model, prompts, completions, temperature=1.0):
     their text. Returns (logp, mask), both (B, T) float32, where T is the length of the longest
     completion. On padding both are 0.
     """
-    # Evaluation mode, because dropout would change the log-probs. Only the layers that recompute
-    # their activations need training mode: Hugging Face recomputes in no other mode.
+    # No dropout. But layers recompute their activations in training mode only.
     for module in model.modules():
         module.training = getattr(module, "gradient_checkpointing", False)
     rows = [torch.tensor([*p, *c], device=model.device) for p, c in zip(prompts, completions)]
@@ -307,6 +309,7 @@ def completion_logprobs(model, prompts, completions, temperature=1.0):
         # V = 151,936 (Qwen3), they would be the largest tensor of the update.
         scores = scores[len(prompt) - 1:len(row) - 1].float() / temperature     # (T, V)
         targets = row[len(prompt):]                                             # (T,)
+        # Cross-entropy is minus the log-prob.
         logp.append(-torch.nn.functional.cross_entropy(scores, targets, reduction="none"))
     mask = [torch.ones_like(row) for row in logp]
     return pad_sequence(logp, batch_first=True), pad_sequence(mask, batch_first=True)
@@ -316,7 +319,7 @@ def completion_logprobs(model, prompts, completions, temperature=1.0):
 
 @dataclasses.dataclass
 class Turn:
-    """One generation: a first attempt, a critique or a revision.
+    """One output of the model: a first attempt, a critique or a revision.
 
     query, session      the numbers of the problem and of the session in the batch
     part                "first", "critique" or "revision"
@@ -325,7 +328,8 @@ class Turn:
     completion          the token ids that were sampled
     text                what they say
     truncated           whether it was cut off at the length limit
-    weights             w of each token, known after the update
+    reward, advantage   of Eq. 3 or the answer checker; of Eq. 5, set by `update`
+    weights             w of each token, set by `update`; empty if the advantage is 0
     """
     query: int
     session: int
@@ -337,7 +341,7 @@ class Turn:
     truncated: bool
     reward: float = 0.0
     advantage: float = 0.0
-    weights: list = ()
+    weights: tuple = ()
 
     @property
     def group(self):
@@ -346,7 +350,11 @@ class Turn:
 
 
 def outcome_reward(text, problem, truncated):
-    """The reward of an attempt, in [0, 1]; 1 means solved. An attempt that was cut off earns 0."""
+    """The reward of an attempt: 1 if it is right and complete, else 0.
+
+    To train on another task, replace this function. Rewards may be anything in [0, 1]; 1 means
+    solved.
+    """
     return 0.0 if truncated else float(is_correct(text, problem["answer"]))
 
 
@@ -365,16 +373,17 @@ def generate_turns(model, tokenizer, part, sessions, prompts, config, free_promp
         completions += sampled
         truncated += cut_off
     texts = [visible_text(tokenizer, p, c) for p, c in zip(prompts, completions)]
-    # In the order of the fields of Turn.
     columns = zip(sessions, prompts, free_prompts or prompts, completions, texts, truncated)
+    # Problem q has the sessions q * G to q * G + G - 1. `rest` follows the fields of Turn.
     return [Turn(s // config.samples, s, part, *rest) for s, *rest in columns]
 
 
 def rollout(model, tokenizer, problems, config, critic=None):
     """Algorithm 1: G sessions (config.samples) of at most K attempts (config.rounds) a problem.
 
-    problems: dicts with "problem" and "answer". critic: another model that writes the critiques;
-    by default it is `model`. Returns a list of Turns with their rewards, session by session.
+    problems: dicts with "problem" and "answer". critic: another model that writes the critiques,
+    with the same tokenizer; by default it is `model`. Returns a list of Turns with their rewards,
+    session by session.
     """
     texts = [problem["problem"] for problem in problems for _ in range(config.samples)]
 
@@ -412,7 +421,7 @@ def make_optimizer(model, config):
     masters = list(model.parameters())
     if config.bf16:
         masters = [torch.nn.Parameter(weight.detach().clone()) for weight in masters]
-        # Only the weights become bfloat16. The buffers of RoPE need all their bits.
+        # Only the weights become bfloat16. Rounded buffers of RoPE would move the positions.
         for weight in model.parameters():
             weight.data = weight.data.bfloat16()
             # The gradients of micro-batches are added up. In bfloat16 the sum would be rounded.
@@ -444,7 +453,7 @@ def optimizer_step(model, optimizer, grad_clip=1.0):
 
 
 def micro_batches(turns, budget):
-    """Yield lists of turns of about the same length, until all `turns` are in one.
+    """Yield all `turns`, in lists of turns of about the same length.
 
     With its padding, a list has at most `budget` tokens. A longer turn is alone.
     """
@@ -481,9 +490,10 @@ def update(model, optimizer, turns, config):
     # Paper: it does not say what to do if all advantages are 0. Here there is no step, because
     # AdamW would still move the weights, by its momentum and by weight decay.
     active = [turn for turn in turns if turn.advantage != 0]
-    batches = []                                # lists of turns, each of one part
+    batches = []        # lists of turns of one part: only revisions need a second pass
     for part in ("first", "critique", "revision"):
         batches += micro_batches([t for t in active if t.part == part], config.micro_tokens)
+    # flat: the share of turns with advantage 0.
     figures = {"flat": 1 - len(active) / len(turns), "objective": 0.0, "grad_norm": 0.0}
     at_rollout = []                             # (log pi_old, w) of each micro-batch
     for inner in range(config.inner_steps if active else 0):
@@ -517,8 +527,8 @@ def train(config):
     run, problems, heldout, model, tokenizer, optimizer, metrics = prepare(config)
     for step in tqdm(range(len(metrics), config.steps + 1), desc=str(run)):
         # Each step has its own seed. So a resumed run needs no saved random state, and an
-        # evaluation between two steps changes nothing. The factor is a prime, larger than any
-        # number of steps.
+        # evaluation between two steps changes nothing. The factor is larger than any number of
+        # steps.
         torch.manual_seed(1_000_003 * config.seed + step)
         places = range((step - 1) * config.queries, step * config.queries)
         batch = [problems[place % len(problems)] for place in places]
@@ -539,8 +549,8 @@ def train(config):
 
 def prepare(config):
     """Load all that `train` needs. For a new run, measure the accuracy before training."""
-    if config.device == "cpu":
-        # With small matrices, more threads wait for each other.
+    if config.device == "cpu" and config.model == Config.model:
+        # With matrices as small as these, more threads wait for each other.
         torch.set_num_threads(1)
     problems, heldout = load_problems(config.data), load_problems(config.heldout)
     random.Random(config.seed).shuffle(problems)            # the order of every epoch
@@ -558,11 +568,12 @@ def prepare(config):
         before = evaluate(model, tokenizer, heldout, config, run / "0-heldout.jsonl")
         tqdm.write(f"before training: accuracy {before['accuracy without critique']:.2f}")
         metrics = [{"step": 0, "heldout": before}]
+        write_json(run / "metrics.jsonl", metrics)
     return run, problems, heldout, model, tokenizer, optimizer, metrics
 
 
-# Models that sample from another policy than the one that is scored, by less than the test in
-# load_model can see (transformers 5.24).
+# Models whose samples and log-probs differ, but too little for the test in load_model to see it
+# (transformers 5.24).
 UNFIT = {"zamba2", "nemotron_h", "recurrent_gemma"}
 
 
@@ -576,7 +587,7 @@ def load_model(name, config):
         name, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
     if report["missing_keys"] or getattr(model.config, "quantization_config", None):
         raise UsageError(f"{name}: weights are missing or quantised; use the full model")
-    # Some checkpoints ask for outputs that are of no use here, and that cannot be saved.
+    # Some checkpoints ask for further outputs. They cost memory, and `save` would fail.
     for switch in ("output_attentions", "output_hidden_states", "output_router_logits"):
         setattr(model.config.get_text_config(), switch, False)
     if config.checkpointing:
@@ -590,9 +601,9 @@ def load_model(name, config):
         raise UsageError("the tokenizer or chat template of this model changes the problem")
     if min(stop_tokens(model, tokenizer), default=-1) < 0:
         raise UsageError("this model has no valid token for the end of a text (eos_token_id)")
-    # Samples must be what the log-probs say. These prompts have unlike lengths, in one batch. A
-    # model that looks at the padding or at later tokens, or that has dropout, finds some of its
-    # own greedy samples unlikely.
+    # Samples must be what the log-probs say, also for prompts of unlike lengths in one batch. At
+    # temperature 0.01, the most likely token has a log-prob near 0. One below -5 shows that the
+    # model looks at the padding or at later tokens, or that some dropout cannot be switched off.
     completions, _ = sample(model, tokenizer, prompts, max_new_tokens=20, temperature=0)
     logp, _ = completion_logprobs(model, prompts, completions, temperature=0.01)
     if not logp.min() > -5 or model.config.model_type in UNFIT:
@@ -602,7 +613,7 @@ def load_model(name, config):
 
 def check_context(model, tokenizer, problems, config):
     """Raise UsageError, before anything is sampled, if a problem does not fit in the context."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     longest = max((p["problem"] for p in problems), key=lambda text: len(text.encode()))
     # The longest input is the critic's: it reads the problem and an attempt, and then writes.
     prompt = encode_chat(tokenizer, critic_prompt(longest, ""))
@@ -686,7 +697,7 @@ def evaluate(model, tokenizer, problems, config, log=None, critic=None):
     """Measure what the solver can do without critique, and what a critique adds.
 
     Returns a dict of figures. log: a file for all turns. critic: another model for the critiques.
-    The random draws are the same at every call. Right is what earns 1.
+    The random draws are the same at every call. An attempt is right if it earns 1.
     """
     torch.manual_seed(config.seed)
     config = dataclasses.replace(config, method="icrl", rounds=2, samples=config.eval_samples)
@@ -699,7 +710,7 @@ def evaluate(model, tokenizer, problems, config, log=None, critic=None):
     figures = {"accuracy without critique": accuracy}
     for kind in sorted({problem["kind"] for problem in problems} - {""}):
         of_kind = [turn for turn in first if problems[turn.query]["kind"] == kind]
-        figures[f"  {kind}"] = mean(turn.reward == 1 for turn in of_kind)
+        figures[kind] = mean(turn.reward == 1 for turn in of_kind)
     figures["accuracy after one critique"] = accuracy + sum(fixed) / len(first)
     figures["wrong answers that a critique fixes"] = mean(fixed)
     figures["interval"] = interval(accuracy, len(problems))
@@ -727,7 +738,7 @@ def load_problems(path):
     would be worse. Raises UsageError with the number of the line.
     """
     problems = {}
-    lines = Path(path).read_text(encoding="utf-8-sig").strip().split("\n")
+    lines = Path(path).read_text(encoding="utf-8-sig").rstrip().split("\n")
     for number, line in enumerate(lines, 1):
         try:
             problem = read_problem(json.loads(line))
@@ -750,10 +761,11 @@ def read_problem(row):
     answer = str(answer).rpartition("####")[2].strip()
     if r"\boxed" in answer:
         answer = extract_answer(answer) or ""
+    # No model can give a sentence, "A. 5" or what is not equal to itself.
     words = re.findall("[A-Za-z]{2,}", re.sub(r"\\[A-Za-z]+|\{[a-z]*\}", " ", answer))
     labelled = re.match(r"\(?[A-F][.):]+ *[^\s.,)]", answer)
     if labelled or len(words) > 5 or not is_correct(rf"\boxed{{{answer}}}", answer):
-        raise ValueError(f"no model can give the answer {answer!r}: it is a sentence, or labelled")
+        raise ValueError(f"no model can give the answer {answer!r}")
     return {"problem": problem.strip(), "answer": answer, "kind": str(row.get("kind", ""))}
 
 
@@ -765,10 +777,10 @@ def read_problem(row):
 #   3. compute     Compute what is left. Two formulas are equal if their values are, when each
 #                  variable has the same random value in both.
 # What cannot be computed is compared as text. Nothing is handed to Python or sympy to run.
-# A checker that accepts a wrong answer trains the model to give it. So what no list below knows
-# is never dropped: 5 cm is 5, but 3 million is not 3.
+# A checker that accepts a wrong answer trains the model to give it. So only words that are listed
+# below may be missing: 5 cm is 5, but 3 million is not 3.
 
-# Our spelling: the other spellings. A matrix is ⟦(1,2),(3,4)⟧, and a set is ⦃1,2⦄.
+# The spelling that we keep, and those that become it. A matrix is ⟦(1,2),(3,4)⟧, a set ⦃1,2⦄.
 SPELLINGS = {
     "": r"\left \right \displaystyle", " ": r"\( \) \[ \] $ % \% ~ \, \; \quad", "),(": r"\\",
     "⟦(": r"\begin{pmatrix} \begin{bmatrix} \begin{matrix}", "⦃": r"\{", "⦄": r"\}", "$": r"\$",
@@ -844,7 +856,8 @@ def is_correct(response: str, answer: str) -> bool:
       - A variable stands for a positive number: \sqrt{x^2} is x. The letters e, i and \pi count as
         variables, too: \pi is not 3.14, and i^2 is not -1.
       - Functions such as \sin and \ln are compared as text, and so is a number above 1e75.
-      - A list or a set may come in any order. A tuple, an interval or a matrix may not.
+      - A list or a set may come in another order, if both spell its parts alike. A tuple, an
+        interval or a matrix may not.
       - A name (x=5), a unit (5 cm) or one of the signs % and ° may be missing on either side. But
         35% is not 0.35, and \cos 30° is \cos 30. A base (204_5) may be missing in the response.
       - Words ignore case, and so do the letters A to E. Other letters do not.
@@ -853,10 +866,10 @@ def is_correct(response: str, answer: str) -> bool:
         return False
     try:
         gold, pred = str(answer), extract_answer(response) or ""
-        short = len(gold + pred) < 300
+        short = len(gold + pred) < 300          # a longer one must be the same text
         return gold == pred != "" or short and same(normalise(gold), normalise(pred))
-    except (ValueError, ArithmeticError, IndexError, RecursionError):
-        return False                # something cannot be read or computed
+    except (ValueError, RecursionError):        # an int of 5,000 digits; too many brackets
+        return False
 
 
 def normalise(text):
@@ -905,8 +918,11 @@ def same_value(gold, pred):
         gold = re.sub(UNIT + r"|(?<=\d)_(?:\d|\{\d+\})$", "", gold)
     elif not re.search(UNIT, gold):
         pred = re.sub(UNIT, "", pred)
-    gold_value, pred_value = value_of(gold), value_of(pred)
-    return abs(gold_value - pred_value) <= abs(gold_value) * Decimal("1e-160")
+    try:
+        gold_value, pred_value = value_of(gold), value_of(pred)
+        return abs(gold_value - pred_value) <= abs(gold_value) * Decimal("1e-160")
+    except (ValueError, ArithmeticError, IndexError):
+        return False                            # one of them cannot be computed
 
 
 def value_of(text):
@@ -922,8 +938,8 @@ def value_of(text):
 def compute(tokens, bond=0):
     """Take a formula from the start of `tokens`, and return its value.
 
-    It ends before the first sign that does not bind more strongly than `bond`. With 1, as after
-    a + or -, it is a product. With 2, it is a power, and with 3 a number, a letter or a bracket.
+    It stops at a sign that is not stronger than `bond`. So 0 reads a sum, 1 a product, 2 a power,
+    and 3 a number, a letter or a bracket.
     """
     token = tokens.pop(0)
     if token in ("+", "-"):
@@ -967,7 +983,7 @@ def parse(argv=None):
     changed = {name for name in saved if getattr(config, name) != saved[name]} - MAY_CHANGE
     if config.resume and changed:
         raise UsageError(f"a run that is resumed keeps its {', '.join(sorted(changed))}")
-    if config.device not in ("cpu", str(torch.accelerator.current_accelerator())):
+    if config.device not in ("cpu", str(torch.accelerator.current_accelerator(True))):
         raise UsageError(f"--device {config.device}: torch finds no such device here")
     config.out = config.out or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
     return config
@@ -977,10 +993,11 @@ def print_table(before, after):
     """Print the figures of two evaluations, and the interval of the last accuracy."""
     note = "   ({:.2f} to {:.2f})".format(*after["interval"])
     print(f"\n{'':38} before   after")
-    for name in list(before)[:-1]:              # the last figure is the interval
-        cells = ["-" if row[name] is None else f"{row[name]:.2f}" for row in (before, after)]
-        print(f"{name:38} {cells[0]:>6}  {cells[1]:>6}{note}")
-        note = ""                               # it belongs to the first line
+    for name in before:
+        if name != "interval":
+            cells = ["-" if row[name] is None else f"{row[name]:.2f}" for row in (before, after)]
+            print(f"{name:38} {cells[0]:>6}  {cells[1]:>6}{note}")
+            note = ""                           # it belongs to the first line
 
 
 def main(argv=None):

@@ -33,13 +33,12 @@ them traps. This is the list, each with the test that fails if the mistake is ma
 23  a step without any advantage                test_a_batch_without_advantages_changes_nothing
 24  Eq. 6 computed wrongly                      test_eq_6_equals_a_loop_and_finite_differences
 25  weights in bfloat16                         test_with_bf16_cpu_memory_keeps_float32_weights
-26  no cache, or a graph, while sampling        test_sampling_uses_its_cache_even_with_checkpointing
+26  no cache, or gradients, while sampling      test_sampling_uses_its_cache_even_with_checkpointing
 27  an evaluation that changes the training     test_evaluations_do_not_change_the_training
 28  other random numbers after --resume         test_a_resumed_run_equals_an_uninterrupted_run
 """
 import copy
 import dataclasses
-import itertools
 import json
 import math
 import random
@@ -54,8 +53,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from tokenizers import AddedToken
-from tokenizers.processors import TemplateProcessing
+from tokenizers import AddedToken, processors
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 import icrl
@@ -103,23 +101,21 @@ def test_the_list_of_traps_names_tests_that_exist():
     assert len(names) == 28 and all(name in globals() for name in names)
 
 
-@pytest.mark.parametrize("file", [icrl.__file__, __file__], ids=["icrl.py", "its tests"])
-def test_no_name_is_defined_twice(file):
+def test_no_name_is_defined_twice():
     """A second definition would silently replace the first one, and empty the tests that use it."""
-    names = re.findall(r"^(?:def |class )?(\w+)(?:\(.*:| = .*)$", Path(file).read_text(), re.M)
-    assert len(names) > 20 and len(names) == len(set(names))
+    names = re.findall(r"^(?:def |class )?(\w+)(?:\(.*:| = .*)$", Path(__file__).read_text(), re.M)
+    assert len(names) > 50 and len(names) == len(set(names))
 
 
 # --------------------------------------------------------------------------------- the equations
 
-@pytest.mark.parametrize("before, after, reward", [
-    (0, 1, 1), (0, 0, 0), (0.7, 1, 1), (0.6, 0.4, -0.2), (0.25, 0.75, 0.5), (1, 1, 1), (1, 0, -1)])
+@pytest.mark.parametrize("before, after, reward", [(0, 1, 1), (0.7, 1, 1), (0.6, 0.4, -0.2)])
 def test_eq_3_a_critique_earns_the_gain_and_1_for_a_success(before, after, reward):
     assert icrl.critic_reward(before, after) == pytest.approx(reward)
 
 
 def test_eq_4_by_hand():
-    """Trap 19: no gradient flows through w. The cap is upper only, so w may be small."""
+    """Trap 19: no gradient flows through w. It has an upper cap, but it may be small."""
     free, guided = logs([0.5, 0.2, 0.9, 0.001], [0.25, 0.4, 0.1, 0.5]).requires_grad_()[:, None]
     w = icrl.calibration_ratio(free, guided)
     # 0.9 / 0.1 is 9. It is capped at 2.
@@ -128,43 +124,31 @@ def test_eq_4_by_hand():
     assert not w.requires_grad
 
 
-def test_w_is_an_importance_ratio():
-    """Under the guided policy, the mean of w is 1. And w rho is the ratio of pi to that policy."""
-    now, old, guided = logs([0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [0.2, 0.2, 0.6])[:, None]
-    w = icrl.calibration_ratio(old, guided, w_max=math.inf)
-    assert (guided.exp() * w).sum().item() == pytest.approx(1)
-    one = torch.ones(1, 3)
-    J = icrl.icrl_objective(now, old, one[:, 0], w, one, clip_low=1, clip_high=math.inf)
-    assert J.item() == pytest.approx((0.5 / 0.2 + 0.3 / 0.2 + 0.2 / 0.6) / 3)
-
-
 def test_eq_4_corrects_each_token_but_not_the_tokens_before_it():
-    """All outcomes of a policy of two binary tokens. Only (1, 1) succeeds.
+    """All outcomes y of a policy of two binary tokens. Only (1, 1) succeeds.
 
-    A critique makes both tokens likely. The gradient is that of the first token's logit. On-policy
-    it is p (1 - p), times the chance that a right first token leads to success, divided by 2,
-    because J is a mean over two tokens.
+    A critique makes both tokens likely. We look at the gradient of the first token's logit. For
+    samples without a critique it is p (1 - p), times the chance that a right first token leads to
+    success, divided by 2, because J is a mean over two tokens.
     """
-    def policy(y, first, second):
-        """The probabilities of the two tokens of y. second: that of a 1 after a 0, after a 1."""
-        ones = torch.stack([torch.as_tensor(first), torch.tensor(second[y[0]])])
-        return torch.where(torch.tensor(y) == 1, ones, 1 - ones)[None]
+    y = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])
+
+    def policy(first, second_after_0, second_after_1):
+        """The probabilities of the tokens of each y, from the probabilities of a 1."""
+        second = torch.where(y[:, 0] == 1, second_after_1, second_after_0)
+        ones = torch.stack([first * torch.ones(4), second], 1)
+        return torch.where(y == 1, ones, 1 - ones)
 
     def gradient(sampler, use_w):
         theta = torch.tensor(math.log(0.2 / 0.8), requires_grad=True)
-        total = 0
-        for y in itertools.product((0, 1), repeat=2):
-            free = policy(y, theta.sigmoid(), (0.3, 0.4)).log()
-            sampled = policy(y, *sampler)
-            w = torch.ones(1, 2)
-            if use_w:
-                w = icrl.calibration_ratio(free, sampled.log(), math.inf)
-            A = torch.tensor([float(y == (1, 1))])
-            J = icrl.icrl_objective(free, free.detach(), A, w, torch.ones(1, 2))
-            total += sampled.prod() * J
-        return torch.autograd.grad(total, theta)[0].item()
+        free, sampled = policy(theta.sigmoid(), 0.3, 0.4).log(), policy(*sampler)
+        w = icrl.calibration_ratio(free, sampled.log(), math.inf) if use_w else torch.ones(4, 2)
+        # J is a mean over the four outcomes. Each counts as often as the sampler draws it.
+        A = 4 * sampled.prod(1) * (y.sum(1) == 2)
+        J = icrl.icrl_objective(free, free.detach(), A, w, torch.ones(4, 2))
+        return torch.autograd.grad(J, theta)[0].item()
 
-    free, guided, on_policy = (0.2, (0.3, 0.4)), (0.8, (0.5, 0.9)), 0.2 * 0.8 * 0.4 / 2
+    free, guided, on_policy = (0.2, 0.3, 0.4), (0.8, 0.5, 0.9), 0.2 * 0.8 * 0.4 / 2
     assert gradient(free, True) == gradient(free, False) == pytest.approx(on_policy)
     # Without w: 0.8 * 0.9 in place of 0.2 * 0.4.
     assert gradient(guided, False) == pytest.approx(9 * on_policy)
@@ -174,18 +158,16 @@ def test_eq_4_corrects_each_token_but_not_the_tokens_before_it():
 
 @pytest.mark.parametrize("rewards, advantages", [
     ([1, 0, 0, 0, 0, 0, 0, 0], [2.475] + [-0.354] * 7),       # mean 1/8, unbiased variance 1/8
-    ([1, 1, 0, 0], [0.866, 0.866, -0.866, -0.866]),
-    ([0.1, 0.5, 0.9], [-1, 0, 1]),
-    ([0] * 8, [0] * 8), ([1] * 3, [0] * 3), ([0.1] * 8, [0] * 8), ([1], [0]),
-])
+    ([1, 1, 0, 0], [0.866, 0.866, -0.866, -0.866]), ([0.1, 0.5, 0.9], [-1, 0, 1]),
+    ([1] * 3, [0] * 3), ([0.1] * 8, [0] * 8), ([1], [0])])
 def test_eq_5_by_hand(rewards, advantages):
     """Traps 15 and 16: a group of one, or of equal rewards, gives 0. The std is unbiased."""
     found = icrl.role_advantages(rewards, [0] * len(rewards))
     assert found.tolist() == pytest.approx(advantages, abs=1e-3)
     assert found.eq(0).tolist() == [a == 0 for a in advantages]
-    # Delta, 1e-6, is added to the std.
-    tiny = icrl.role_advantages([0, 1e-6], [0, 0])[1].item()
-    assert tiny == pytest.approx(0.5 / (0.5 ** 0.5 + 1))
+    # Delta, 1e-6, is added to the std. Here the std is of the same size.
+    found = icrl.role_advantages([0, 1e-6], [0, 0])
+    assert found[1].item() == pytest.approx(0.5 / (0.5 ** 0.5 + 1))
 
 
 def test_eq_5_never_mixes_problems_or_roles():
@@ -209,27 +191,22 @@ def test_eq_6_by_hand():
     first = (1 * 1.0 + 2 * 1.3 + 0.5 * 0.5) / 3               # A > 0: 1.5 is clipped, 0.5 is not
     second = (0.5 * 1.5 * -2 + 2 * 0.8 * -2) / 2              # A < 0: it is the other way round
     assert J.item() == pytest.approx((first + second) / 2)
-    # Where nothing is clipped, the gradient is w rho A.
-    by_hand = torch.tensor([[1.0 / 6, 0, 0.25 / 6], [-1.5 / 4, 0, 0]])
-    gradients = torch.autograd.grad(J, [logp, old, w], allow_unused=True)
-    torch.testing.assert_close(gradients[0], by_hand)
-    assert gradients[1:] == (None, None)
+    assert torch.autograd.grad(J, [old, w], allow_unused=True) == (None, None)
 
 
 def test_eq_6_equals_a_loop_and_finite_differences():
-    """Trap 24."""
+    """Trap 24. The samples have different lengths, and one is a single token."""
     torch.manual_seed(0)
     logp, old = -3 * torch.rand(2, 4, 6, dtype=torch.double)
     w = 2 * torch.rand(4, 6, dtype=torch.double)
     A = torch.tensor([1.5, -0.5, -2.0, 0.7]).double()
-    lengths = torch.tensor([6, 1, 4, 3])
-    mask = (torch.arange(6) < lengths[:, None]).double()
+    lengths = [6, 1, 4, 3]
+    mask = torch.arange(6) < torch.tensor(lengths)[:, None]
     J = 0
-    for i, length in enumerate(lengths.tolist()):
+    for i, length in enumerate(lengths):
         for t in range(length):
             rho = math.exp(logp[i, t] - old[i, t])
-            clipped = min(max(rho, 0.8), 1.28)
-            J += w[i, t] * min(rho * A[i], clipped * A[i]) / length / 4
+            J += w[i, t] * min(rho * A[i], min(max(rho, 0.8), 1.28) * A[i]) / length / 4
     assert icrl.icrl_objective(logp, old, A, w, mask).item() == pytest.approx(J.item())
     # gradcheck compares the gradient with finite differences.
     torch.autograd.gradcheck(lambda x: icrl.icrl_objective(x, old, A, w, mask),
@@ -240,14 +217,12 @@ def test_eq_6_equals_a_loop_and_finite_differences():
 
 def test_without_a_critique_a_revision_has_the_prompt_of_a_first_attempt():
     first = icrl.solver_prompt("6 * 7?")
-    assert icrl.solver_prompt("6 * 7?", "") == first and first.endswith("6 * 7?")
-    assert icrl.solver_prompt("6 * 7?", "Think.").startswith(first)
+    assert first == icrl.solver_prompt("6 * 7?", "") and first.endswith("6 * 7?")
 
 
 @pytest.mark.parametrize("text, critique", [
-    ("Well. <critique> Carry\nthe one. </critique> Good luck!", "Carry\nthe one."),
-    ("<critique>No.</critique> <critique>Carry it.</critique>", "Carry it."),
-    ("Carry it.", "Carry it."), ("<critique>Carry it.", "Carry it."), ("<critique> ", "")])
+    ("Well. <critique> Carry\nit. </critique> Bye!", "Carry\nit."), ("Carry it.", "Carry it."),
+    ("<critique>No.</critique> <critique>Carry it.", "Carry it."), ("<critique> ", "")])
 def test_the_critique_is_the_text_in_the_last_tags(text, critique):
     assert icrl.extract_critique(text) == critique
 
@@ -257,18 +232,15 @@ def test_a_chat_prompt_follows_the_template_exactly():
     ids = icrl.encode_chat(TOKENIZER, "U")
     assert TOKENIZER.decode(ids) == "<|user|>U<|end|><|assistant|>" and len(ids) == 4
     adding = tokenizer_with()
-    adding.backend_tokenizer.post_processor = TemplateProcessing(
+    adding.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|end|> $A", special_tokens=[("<|end|>", EOS)])
-    assert adding("U")["input_ids"] == [EOS, *encode("U")]
     assert icrl.encode_chat(adding, "U") == ids
 
 
-@pytest.mark.parametrize("template, text", [
-    ("{{ messages[0].content }} {{ enable_thinking }}", "U False"),
-    ("{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}", "1 January 2026 U")])
-def test_a_template_is_told_not_to_think_and_always_the_same_date(template, text):
-    tokenizer = tokenizer_with(template)
-    assert tokenizer.decode(icrl.encode_chat(tokenizer, "U")) == text
+def test_a_template_is_told_not_to_think_and_always_the_same_date():
+    tokenizer = tokenizer_with(
+        "{{ messages[0].content }} {{ enable_thinking }} {{ strftime_now('%d %b %Y') }}")
+    assert tokenizer.decode(icrl.encode_chat(tokenizer, "U")) == "U False 1 January 2026"
 
 
 @pytest.mark.parametrize("written", ["<|end|>", "<|e<|end|>nd|>", "<|us<|e<|pad|>nd|>er|>"])
@@ -284,24 +256,27 @@ JOINED = "{% for m in messages %}{{ '[user]' + m.content }}{% endfor %}{{ '[assi
 
 
 def test_control_tokens_are_those_that_the_template_prints():
-    """Special or not. A token in its source only is kept: else 3 + 4 would become 34."""
+    """They may be special or not. Here the template's source has " + " in it, but prints none.
+
+    If each token in the source were removed from problems, 3 + 4 would become 34.
+    """
     tokenizer = tokenizer_with(JOINED, tokens=["[user]", "[assistant]", "whale", " + ", "for"])
     ids = icrl.encode_chat(tokenizer, "a [assistant] whale [user] What is 3 + 4 for x?")
-    text = "[user]a whale What is 3 + 4 for x?[assistant]"
-    assert tokenizer.decode(ids).split() == text.split()
+    text = " ".join(tokenizer.decode(ids).split())
+    assert text == "[user]a whale What is 3 + 4 for x?[assistant]"
 
 
-@pytest.mark.parametrize("special", [False, True, None], ids=["word", "special token", "letters"])
+@pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("prompt, completion, visible", [
     ("Q", "The answer is 5.", "The answer is 5."),
-    ("Q", r"<think>Is it \boxed{4}? No.</think>The answer is 5.", "The answer is 5."),
+    ("Q", r"<think>Is it \boxed{4}?</think> No.</think> The answer is 5.", "The answer is 5."),
     ("Q", r"<think>Is it \boxed{4}? Or", ""),                 # cut off
-    ("Q<think>", r"Is it \boxed{4}? Or", ""),                 # the template printed <think>
-    ("Q<think>\n", "4? No.</think>The answer is 5.", "The answer is 5."),
+    ("Q<think>\n", r"Is it \boxed{4}? Or", ""),               # the template printed <think>
+    ("Q<think>", "4? No.</think>The answer is 5.", "The answer is 5."),
     ("Q<think>\n\n</think>\n\n", "The answer is 5.", "The answer is 5.")])
 def test_only_what_stands_behind_the_thoughts_counts(prompt, completion, visible, special):
-    tokens = [] if special is None else ["<think>", "</think>"]
-    tokenizer = tokenizer_with(tokens=tokens, special=bool(special))
+    """Even if <think> and </think> are special tokens."""
+    tokenizer = tokenizer_with(tokens=["<think>", "</think>"], special=special)
     prompt, completion = (tokenizer(text)["input_ids"] for text in (prompt, completion + "<|end|>"))
     assert icrl.visible_text(tokenizer, prompt, completion) == visible
 
@@ -309,6 +284,7 @@ def test_only_what_stands_behind_the_thoughts_counts(prompt, completion, visible
 # ------------------------------------------------------------------------ sampling and log-probs
 
 PROMPTS = [[87, 104, 97, 116, 63], [63], list(range(40, 53)), [63], [87, 104, 121, 63]]
+# Each of these settings would change what a model samples.
 HOSTILE_CONFIG = dict(
     do_sample=True, temperature=0.1, top_k=1, top_p=0.01, min_p=0.9, typical_p=0.1, max_length=1,
     repetition_penalty=5.0, min_new_tokens=9, suppress_tokens=[5, EOS], bad_words_ids=[[8]],
@@ -320,10 +296,9 @@ HOSTILE_CONFIG = dict(
     ("{% for m in messages %}{{ m.content }}\n[end]\n{% endfor %}", {EOS, len(TOKENIZER)}),
     ("{% for m in messages %}{{ m.content }} and [end]{% endfor %}", {EOS})])
 def test_the_token_that_ends_the_assistants_turn_is_a_stop_token(template, ends):
-    """Special or not, and also behind a newline. So are all EOS ids of the checkpoint."""
-    model = SimpleNamespace(generation_config=GenerationConfig())
+    """It may be special or not, and stand behind a newline. All EOS ids of the checkpoint count."""
     for eos, more in ((None, set()), (7, {7}), ([7, 9], {7, 9})):
-        model.generation_config.eos_token_id = eos
+        model = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=eos))
         assert icrl.stop_tokens(model, tokenizer_with(template, ["[end]"])) == ends | more
 
 
@@ -335,8 +310,7 @@ def test_samples_follow_the_softmax_at_the_temperature(temperature):
     torch.manual_seed(0)
     completions, truncated = icrl.sample(model, TOKENIZER, [prompt] * draws, 1, temperature)
     counts = torch.tensor([token for token, in completions]).bincount(minlength=len(TOKENIZER))
-    with torch.no_grad():
-        expected = draws * (model(torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1)
+    expected = draws * (model(torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1)
     # The statistic is close to a chi-squared variable only where the expected count is large.
     terms = ((counts - expected) ** 2 / expected)[expected > 5]
     chi_squared, n = terms.sum().item(), len(terms)
@@ -409,13 +383,16 @@ def test_log_probs_of_a_bfloat16_model_are_computed_in_float32(monkeypatch):
 
 # ------------------------------------------------------------------------ sessions (Algorithm 1)
 
-NOBODY = SimpleNamespace(device=torch.device("cpu"))          # a model where `sample` is scripted
+NOBODY = SimpleNamespace(device=torch.device("cpu"))          # the model, if `sample` is scripted
 SIX = {"problem": "6 * 7?", "answer": "SENTINEL", "kind": "a"}
 TWO = {"problem": "2 + 2?", "answer": "SENTINEL", "kind": "a"}
 
 
 def script(monkeypatch, *calls):
-    """Replace `sample`: each call returns the next list of texts. Returns what it was asked."""
+    """Replace `sample`: its next call returns the texts in the next of `calls`, and so on.
+
+    Returns a list that grows with each call: model, limit, temperature and prompts.
+    """
     asked = []
 
     def sample(model, tokenizer, prompts, max_new_tokens, temperature):
@@ -434,7 +411,7 @@ def last_word_is_reward(monkeypatch):
 
 
 def test_a_session_of_three_attempts(monkeypatch):
-    """Algorithm 1, and traps 12, 13 and 14: who sees what, and which attempt pays a critique."""
+    """Algorithm 1, and traps 12, 13 and 14: who sees what, and which attempt rewards a critique."""
     last_word_is_reward(monkeypatch)
     tips = [f"<critique>tip {number}</critique>" for number in ("one", "two", "three")]
     asked = script(monkeypatch, ["alpha 0.6", "beta 0.7"], tips[:2], ["gamma 0.4", "delta 1.0"],
@@ -452,8 +429,7 @@ def test_a_session_of_three_attempts(monkeypatch):
     prompts = [TOKENIZER.decode(turn.prompt) for turn in turns]
     assert sorted(prompts) == sorted(prompt for *_, of_call in asked for prompt in of_call)
     words = ["6 * 7?", "2 + 2?", "alpha", "beta", "gamma", "0.", "tip one", "tip two", "tip three",
-             "critique>", "SENTINEL"]
-    prompts = [prompt.replace(icrl.CRITIC, "") for prompt in prompts]
+             "<critique>tip", "SENTINEL"]
     assert [{word for word in words if word in prompt} for prompt in prompts] == [
         {"6 * 7?"}, {"6 * 7?", "alpha", "0."}, {"6 * 7?", "tip one"}, {"6 * 7?", "gamma", "0."},
         {"6 * 7?", "tip three"}, {"2 + 2?"}, {"2 + 2?", "beta", "0."}, {"2 + 2?", "tip two"}]
@@ -472,13 +448,12 @@ def test_each_turn_belongs_to_the_problem_in_its_prompts(monkeypatch):
     assert "".join(t.text[0] for t in turns) == "aAabcCcdDdefFf"
     assert [t.session for t in turns] == [0, 0, 0, 1, 2, 2, 2, 3, 3, 3, 4, 5, 5, 5]
     for turn in turns:
-        problem = [SIX, TWO][turn.session // 3]["problem"]
-        assert turn.query == turn.session // 3 and problem in TOKENIZER.decode(turn.prompt)
-        assert problem in TOKENIZER.decode(turn.free_prompt)
+        for prompt in (turn.prompt, turn.free_prompt):
+            assert [SIX, TWO][turn.query]["problem"] in TOKENIZER.decode(prompt)
 
 
 def test_an_attempt_that_is_cut_off_earns_nothing(monkeypatch):
-    """Trap 11. It is counted, too."""
+    """Trap 11. The figures count it, too."""
     box = r"\boxed{42}"
     script(monkeypatch, [f"{box}, of course", box, f"{box} for sure", r"\boxed{13}"])
     limit = len(encode(box)) + 1
@@ -486,10 +461,9 @@ def test_an_attempt_that_is_cut_off_earns_nothing(monkeypatch):
     turns = icrl.rollout(NOBODY, TOKENIZER, [{**SIX, "answer": "42"}], config)
     assert [(t.reward, t.truncated) for t in turns] == [
         (0.0, True), (1.0, False), (0.0, True), (0.0, False)]
-    figures = icrl.rollout_figures(turns)
-    assert (figures["first_truncated"], figures["first_reward"]) == (0.5, 0.25)
-    assert figures["tokens"] == 4 * limit
-    assert figures["critique_reward"] is None       # of nothing there is no mean
+    # Of nothing there is no mean.
+    by_hand = dict(tokens=4 * limit, first_truncated=0.5, first_reward=0.25, critique_reward=None)
+    assert icrl.rollout_figures(turns).items() >= by_hand.items()
 
 
 def test_a_critique_that_is_cut_off_is_still_given_to_the_solver(monkeypatch):
@@ -529,23 +503,20 @@ def naive_objective(model, sampler, turns, config):
     """Eqs. 4 to 6 by loops over turns and tokens. Returns J and w of all tokens of revisions."""
     J, weights = 0, []
     for turn in turns:
-        rewards = [t.reward for t in turns if t.query == turn.query
-                   and (t.part == "critique") == (turn.part == "critique")]
+        rewards = [t.reward for t in turns if t.group == turn.group]
         if len(set(rewards)) == 1:
             continue
         A = (turn.reward - statistics.mean(rewards)) / (statistics.stdev(rewards) + 1e-6)
         rest = turn.completion, config.temperature
         now = naive_logprobs(model, turn.free_prompt, *rest)
-        with torch.no_grad():
-            old = naive_logprobs(sampler, turn.free_prompt, *rest)
-            guided = naive_logprobs(sampler, turn.prompt, *rest)
+        old = naive_logprobs(sampler, turn.free_prompt, *rest)
+        guided = naive_logprobs(sampler, turn.prompt, *rest)
         for logp, logp_old, logp_guided in zip(now, old, guided):
             w, rho = 1.0, (logp - logp_old).exp()
             if turn.part == "revision":
                 w = min((logp_old - logp_guided).exp().item(), 2.0)
                 weights.append(w)
-            term = w * min(rho * A, rho.clamp(0.8, 1.28) * A)
-            J += term / len(turn.completion) / len(turns)
+            J += w * min(rho * A, rho.clamp(0.8, 1.28) * A) / len(turn.completion) / len(turns)
     return J, weights
 
 
@@ -554,7 +525,7 @@ def flat_gradient(model):
 
 
 def ascent(model, turns, config, lr=0.0):
-    """`update` with plain gradient steps. Returns its figures and the gradient of each step."""
+    """`update`, with steps of plain gradient ascent. Returns its figures and all gradients."""
     gradients = []
     optimizer = torch.optim.SGD(model.parameters(), lr)
 
@@ -572,17 +543,13 @@ def settings(**changes):
     return icrl.Config(**{**dict(temperature=0.7, micro_tokens=40, device="cpu"), **changes})
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"method": "grpo"}, {"micro_tokens": 1, "checkpointing": True}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"method": "grpo"}, {"micro_tokens": 1}], ids=str)
 def test_the_update_follows_the_gradient_of_loops(changes):
     """All equations and traps 2, 5, 7, 8, 19, 20 and 22 at once, over two inner steps."""
     model, config = tiny_model(), settings(inner_steps=2, **changes)
     turns = [t for t in a_rollout() if config.method == "icrl" or t.part == "first"]
-    sampler, twin, lr = copy.deepcopy(model), copy.deepcopy(model), 0.05
-    if config.checkpointing:
-        model.activation_checkpointing_enable()
+    sampler, twin, lr = copy.deepcopy(model).requires_grad_(False), copy.deepcopy(model), 0.05
     figures, gradients = ascent(model, turns, config, lr)
-    assert len(gradients) == 2
     objectives = []
     optimizer = torch.optim.SGD(twin.parameters(), lr, maximize=True)
     for gradient in gradients:
@@ -593,7 +560,7 @@ def test_the_update_follows_the_gradient_of_loops(changes):
         optimizer.step()
         twin.zero_grad()
     assert figures["objective"] == pytest.approx(statistics.mean(objectives), abs=1e-5)
-    assert abs(objectives[0] - objectives[1]) > 1e-3
+    assert len(objectives) == 2 and abs(objectives[0] - objectives[1]) > 1e-3
     if config.method == "icrl":
         assert min(w) < 1 < max(w) == 2             # otherwise this test could not see the cap
         assert figures["w_mean"] == pytest.approx(statistics.mean(w), rel=1e-4)
@@ -618,9 +585,10 @@ def test_neither_micro_batches_nor_the_order_matter(micro_tokens):
 @pytest.mark.parametrize("budget, batches", [
     (1, [[7], [6], [6], [2]]), (12, [[7], [6, 6], [2]]), (28, [[7, 6, 6, 2]])])
 def test_micro_batches_hold_turns_of_like_length_and_keep_to_the_budget(budget, batches):
-    turns = [SimpleNamespace(prompt=[0], completion=[0] * (n - 1)) for n in (6, 2, 7, 6)]
-    found = icrl.micro_batches(turns, budget)
-    assert [[1 + len(turn.completion) for turn in batch] for batch in found] == batches
+    lengths = [(2, 4), (1, 1), (6, 1), (4, 2)]                # of the prompt and the completion
+    turns = [SimpleNamespace(prompt=[0] * p, completion=[0] * c) for p, c in lengths]
+    found = [[len(t.prompt + t.completion) for t in b] for b in icrl.micro_batches(turns, budget)]
+    assert found == batches
 
 
 def state_of(model, optimizer):
@@ -648,14 +616,13 @@ def test_the_gradient_is_clipped_to_norm_1_and_its_norm_is_returned():
     model.lm_head.weight.grad = torch.ones(len(TOKENIZER), 32)
     norm = icrl.optimizer_step(model, torch.optim.SGD(model.parameters(), lr=1.0))
     assert norm == pytest.approx((len(TOKENIZER) * 32) ** 0.5)
-    moved = (model.lm_head.weight - before.lm_head.weight).norm().item()
-    assert moved == pytest.approx(1, rel=1e-3) and model.lm_head.weight.grad is None
+    moved = (model.lm_head.weight - before.lm_head.weight).norm()
+    assert 0.999 < moved < 1.001 and model.lm_head.weight.grad is None
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_with_bf16_cpu_memory_keeps_float32_weights(device):
     """Trap 25: in bfloat16 a step of 1e-6 is rounded away. The trained weights are not rounded."""
-    assert torch.tensor(0.02).bfloat16() - 1e-6 == torch.tensor(0.02).bfloat16()
     model, before = tiny_model(), list(tiny_model().parameters())
     optimizer = icrl.make_optimizer(model, settings(bf16=True, lr=1e-6, device=device))
     icrl.update(model, optimizer, a_rollout(), settings())
@@ -689,7 +656,7 @@ def store(model, folder, file="config.json", **values):
 
 @pytest.fixture
 def short_run(tmp_path, monkeypatch):
-    """The Config of a run of four steps of a random model. Long texts earn a reward."""
+    """The Config of a run of four steps. Rewards depend on the length of a text."""
     monkeypatch.setattr(icrl, "outcome_reward", lambda text, *_: len(text) % 3 / 2)
     rows = [{"problem": f"{n}?", "answer": str(n), "kind": "k"} for n in range(8)]
     icrl.write_json(tmp_path / "data", rows[:6])
@@ -702,7 +669,7 @@ def short_run(tmp_path, monkeypatch):
 
 
 def results(config, name, **changes):
-    """Train in the folder of this name. Returns the figures, all turns, the weights and moments."""
+    """Train in the folder of this name. Returns its figures, all turns, and the state it saved."""
     run = Path(config.out).with_name(name)
     icrl.train(dataclasses.replace(config, out=str(run), **changes))
     saved = torch.load(run / "checkpoint.pt")
@@ -731,10 +698,9 @@ def test_no_two_steps_of_two_seeds_share_their_random_numbers(short_run, monkeyp
 
 
 def test_evaluations_do_not_change_the_training(short_run):
-    """Trap 27. And evaluations always draw the same random numbers."""
+    """Trap 27: all turns and weights are equal. Each evaluation draws the same random numbers."""
     often, seldom = (results(short_run, str(n), eval_every=n) for n in (1, 4))
-    assert often[2] == seldom[2] and often[0][0] == seldom[0][0]
-    assert [row["objective"] for row in often[0][1:]] == [row["objective"] for row in seldom[0][1:]]
+    assert often[1].items() >= seldom[1].items() and often[2] == seldom[2]
 
 
 @pytest.mark.parametrize("changes", [{}, {"bf16": True, "checkpointing": True}], ids=str)
@@ -763,7 +729,7 @@ def test_two_runs_never_share_a_folder(short_run):
     Path(short_run.out).mkdir()
     with pytest.raises(FileExistsError):
         icrl.train(short_run)
-    assert list(Path(short_run.out).iterdir()) == []
+    assert len({icrl.parse([]).out for _ in range(5)}) == 5   # names given by the program
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -784,9 +750,9 @@ def test_a_loaded_model_is_float32_and_has_no_dropout(checkpointing, tmp_path):
 @pytest.mark.parametrize("kind, file, values", [
     ("qwen3", "config.json", {"output_attentions": True, "quantization_config": None}),
     ("mixtral", "config.json", {"output_router_logits": True}),
-    ("qwen3", "generation_config.json", {**HOSTILE_CONFIG, "eos_token_id": EOS}),
-], ids=["outputs", "router", "generation"])
-def test_models_may_differ_in_what_does_not_matter(kind, file, values, tmp_path):
+    ("qwen3", "generation_config.json", {**HOSTILE_CONFIG, "eos_token_id": EOS})])
+def test_settings_of_a_checkpoint_that_do_not_matter_change_nothing(kind, file, values, tmp_path):
+    """The model samples as usual, and it can be trained, saved and loaded again."""
     stored = random_model(kind, num_key_value_heads=1)
     store(stored, tmp_path, file, **values)
     model, tokenizer = icrl.load_model(str(tmp_path), icrl.Config())
@@ -803,7 +769,8 @@ BAD_MODELS = {
     "changes the problem": lambda f: (f / "chat_template.jinja").write_text(NO_SPACES),
     "no chat template": lambda f: (f / "chat_template.jinja").unlink(),
     "end of a text": lambda f: store(tiny_model(), f, "generation_config.json", eos_token_id=-1),
-    "does not sample what": lambda f: random_model("bert").save_pretrained(f),      # it reads both ways
+    # In BERT a token also sees the tokens behind it.
+    "does not sample what": lambda f: random_model("bert").save_pretrained(f),
 }
 
 
@@ -818,12 +785,11 @@ def test_a_model_that_cannot_be_used_is_refused(words, tmp_path):
 def test_a_problem_that_does_not_fit_in_the_context_is_refused():
     """A Chinese character is three tokens here: the longest text has not the most letters."""
     long = "\u554f" * 41
-    problems, config = [{"problem": text} for text in ("b" * 60, long)], settings(max_response=20)
+    rows, config = [{"problem": text} for text in ("b" * 60, long)], settings(max_response=20)
     need = len(icrl.encode_chat(TOKENIZER, icrl.critic_prompt(long, ""))) + 20 + 48
-    enough, short = (tiny_model(max_position_embeddings=n) for n in (need, need - 1))
-    icrl.check_context(enough, TOKENIZER, problems, config)
+    icrl.check_context(tiny_model(max_position_embeddings=need), TOKENIZER, rows, config)
     with pytest.raises(icrl.UsageError, match=f"{need - 1} tokens"):
-        icrl.check_context(short, TOKENIZER, problems, config)
+        icrl.check_context(tiny_model(max_position_embeddings=need - 1), TOKENIZER, rows, config)
 
 
 def test_the_shipped_model_learns():
@@ -844,16 +810,14 @@ def test_the_shipped_model_learns():
 def test_a_session_of_each_kind_is_shown_in_which_a_critique_helped(capsys):
     """Tokens that only the critique made likely (w < 0.1) stand between marks."""
     problems = [{"problem": f"{i}?", "kind": kind} for i, kind in enumerate("aabb")]
-    turns = []
+    turns, w = [], (0.1, 0.09, 0.01, 1, 0, 0)
     for i, reward in enumerate([0.0, 1.0, 0.0]):
         ids = [token for letter in f"{i}bcde" for token in encode(letter)] + [EOS]
-        turns += [icrl.Turn(i, i, "critique", [], [], ids, "", False, reward),
-                  icrl.Turn(i, i, "revision", [], [], ids, "", False, reward,
-                            weights=(0.1, 0.09, 0.01, 1, 0, 0))]
+        for part in ("critique", "revision"):
+            turns.append(icrl.Turn(i, i, part, [], [], ids, "", False, reward, weights=w))
     icrl.show_sessions(turns, problems, TOKENIZER)
-    shown = capsys.readouterr().out
-    assert re.findall("critique  (.*)  -", shown) == ["1bcde", "2bcde"]
-    assert re.findall("revision  (.*)  -", shown) == ["1«bc»d«e»", "2«bc»d«e»"]
+    shown = re.findall("(?:critique|revision)  (.*)  -> reward", capsys.readouterr().out)
+    assert shown == ["1«bc»d«e»", "1«bc»d«e»", "2«bc»d«e»", "2«bc»d«e»"]
 
 
 # ------------------------------------------------------------------------------------ evaluation
@@ -861,16 +825,16 @@ def test_a_session_of_each_kind_is_shown_in_which_a_critique_helped(capsys):
 def test_the_figures_of_an_evaluation_by_hand(monkeypatch, tmp_path):
     """Two attempts at each of three problems. Another model is the critic."""
     last_word_is_reward(monkeypatch)
-    critic, attempts = copy.copy(NOBODY), ["a 1", "b 0", "c 0", "d 0", "e 1", "f 1"]
-    asked = script(monkeypatch, attempts, ["tip"] * 3, ["b 1", "c 0", "d 1"])
+    critic = copy.copy(NOBODY)
+    asked = script(monkeypatch, ["a 1", "b 0", "c 0", "d 0", "e 1", "f 1"], ["tip"] * 3,
+                   ["b 1", "c 0", "d 1"])
     problems = [SIX, TWO, {"problem": "7?", "answer": "7", "kind": "b"}]
     config = icrl.Config(method="grpo", rounds=3, samples=7, eval_samples=2, temperature=0.7)
     figures = icrl.evaluate(NOBODY, TOKENIZER, problems, config, tmp_path / "log", critic)
     assert figures == {
-        "accuracy without critique": 3 / 6, "  a": 1 / 4, "  b": 1.0,
-        "accuracy after one critique": pytest.approx(5 / 6),
-        "wrong answers that a critique fixes": pytest.approx(2 / 3),
-        "interval": icrl.interval(0.5, 3)}
+        "accuracy without critique": 3 / 6, "a": 1 / 4, "b": 1.0,
+        "accuracy after one critique": pytest.approx(5 / 6), "interval": icrl.interval(0.5, 3),
+        "wrong answers that a critique fixes": pytest.approx(2 / 3)}
     assert [model is critic for model, *_ in asked] == [False, True, False]
     texts = [t["text"] for t in lines(tmp_path / "log") if t["problem"] == "2 + 2?"]
     assert texts == ["c 0", "tip", "c 0", "d 0", "tip", "d 1"]
@@ -885,23 +849,23 @@ def test_the_interval_by_hand(p, n, low, high):
 # -------------------------------------------------------------------------------------- problems
 
 @pytest.mark.parametrize("row, answer", [
-    ({"problem": "6 * 7?", "answer": 42}, "42"), ({"problem": "6 * 7?", "answer": '["42"]'}, "42"),
-    ({"question": "6 * 7?", "answer": "6 * 7 = <<6*7=42>>42\n#### 42"}, "42"),           # GSM8K
-    ({"problem": "6 * 7?", "solution": r"Not $\boxed{13}$ but $\boxed{\frac{84}{2}}$."},   # MATH
-     r"\frac{84}{2}"), ({"question": "6 * 7?", "answer": ["42", "-42"]}, "42, -42")])
+    ({"problem": "6 * 7?", "answer": 42}, "42"),
+    ({"problem": "6 * 7?", "answer": '["42"]'}, "42"),
+    ({"problem": "6 * 7?", "answer": ["42", "-42"]}, "42, -42"),
+    ({"problem": "6 * 7?", "solution": r"Not $\boxed{13}$ but $\boxed{42}$."}, "42"),       # MATH
+    ({"question": "6 * 7?", "answer": "6 * 7 = <<6*7=42>>42\n#### 42"}, "42")])             # GSM8K
 def test_data_sets_are_read_as_they_come(row, answer, tmp_path):
-    rows = [row, {"problem": " 2? ", "answer": "2", "kind": 3}, row]                     # a repeat
-    icrl.write_json(tmp_path / "data.jsonl", rows)
-    assert icrl.load_problems(tmp_path / "data.jsonl") == [
-        {"problem": "6 * 7?", "answer": answer, "kind": ""},
-        {"problem": "2?", "answer": "2", "kind": "3"}]
+    """The file holds the row twice."""
+    icrl.write_json(tmp_path / "data", [row, {"problem": " 2? ", "answer": "2", "kind": 3}, row])
+    six = {"problem": "6 * 7?", "answer": answer, "kind": ""}
+    two = {"problem": "2?", "answer": "2", "kind": "3"}
+    assert icrl.load_problems(tmp_path / "data") == [six, two]
 
 
 @pytest.mark.parametrize("line", [
-    "6 * 7?", "[1]", "null", '{"problem": "?"}', '{"problem": 4, "answer": "1"}',
-    '{"problem": "?", "answer": ""}', '{"problem": "?", "answer": []}',
-    r'{"problem": "?", "solution": "\\boxed{1"}', '{"problem": "6 * 7?", "answer": "43"}',
-    '{"problem": "?", "answer": "Since he is 5th, four people are in front"}'])
+    "6 * 7?", "null", '{"problem": "?"}', '{"problem": 4, "answer": "1"}',
+    '{"problem": "?", "answer": ""}', '{"problem": "6 * 7?", "answer": "another"}',
+    '{"problem": "?", "answer": "B. 12"}', '{"problem": "?", "answer": "four of us sit in front"}'])
 def test_the_first_line_that_cannot_be_used_is_named(line, tmp_path):
     (tmp_path / "bad.jsonl").write_text(f"{json.dumps(SIX)}\n{line}\n[2]\n")
     with pytest.raises(icrl.UsageError, match="bad.jsonl, line 2: "):
@@ -912,59 +876,47 @@ def test_the_first_line_that_cannot_be_used_is_named(line, tmp_path):
 
 # Pairs of a gold answer and a predicted one, by kind.
 EQUAL = {
-    "number": [("42", "042"), ("-42", "−42.0"), ("61200", r"\$61,200"), ("61,200", "61{,}200")],
+    "number": [("-42", "−42.0"), ("61200", r"\$61,200"), ("0.00052", r"5.2 \times 10^{-4}")],
     "fraction": [(r"\frac{7}{9}", r"\dfrac79"), (r"\frac79", "14/18"), (r"\frac74", "1.75")],
     "mixed number": [(r"\frac{11}{4}", r"2\frac{3}{4}"), ("-2.75", "-2 3/4"), ("2.5", "2½")],
-    "root or power": [(r"6\sqrt{2}", r"\sqrt{72}"), (r"\sqrt[3]{54}", r"3\sqrt[3]2"),
-                      ("2^{40}", "4**20"), ("0.00052", r"5.2 \times 10^{-4}")],
-    "formula": [("(t+1)^2", "t^2 + 2t + 1"), (r"\frac{1}{2}n", "n/2"), ("e^{k-1}", "e^k/e"),
-                (r"r^2\pi + \frac{r}{\sqrt2}", r"\pi r^2 + \frac{r\sqrt2}{2}")],
-    "list": [("3, 8", r"8 \text{ and } 3"), ("3, 8", r"\{8,3\}"),
-             (r"1 \pm \sqrt5", r"1-\sqrt5,1+\sqrt5")],
-    "tuple": [("(2, 0.5)", r"\left(2, \frac12\right)"), ("[0,4)", r"\left[0, 4\right)"),
-              (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix}1&2\\3&4.0\end{bmatrix}")],
+    "root": [(r"6\sqrt{2}", r"\sqrt{72}"), (r"\sqrt[3]{54}", r"3\sqrt[3]2"), ("2^{40}", "4**20")],
+    "signs": [("1", "-2^2+5"), ("3", "8-3-2"), ("512", "2^3^2"), ("10^{70}/3", "10^{70}/6*2")],
+    "formula": [("(t+1)^2", "t^2 + 2t + 1"), (r"\frac{1}{2}n", "n/2"), ("e^{k-1}", "e^k/e")],
+    "list": [("3, 8", r"8 \text{ and } 3"), ("3, 8", r"\{8,3\}"), (r"3, -1", r"1 \pm 2")],
+    "tuple": [("(2, 0.5)", r"\left(2, \frac12\right)"), ("[0,4)", r"\left[0, 4\right)")],
+    "matrix": [(r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix}1&2\\3&4\end{bmatrix}")],
     "name": [("7", "x = 7"), ("2n+1", "f(n)=1+2n"), ("n=3,5", "5, 3"), ("4, 9", "a = 4, b = 9")],
-    "unit or base": [("15", r"15 \text{ cm}"), (r"60^\circ", "60"), ("19", r"19\%"),
-                     ("312_5", "312")],
-    "word": [(r"\text{Tuesday}", "tuesday"), ("(C)", r"\textbf{C}"),
-             ("No solution", "no solution")],
+    "unit or base": [("15", r"15 \text{ cm}"), (r"60^\circ", "60"), ("312_5", "312")],
+    "text": [("Yes", "yes"), ("(C)", r"\textbf{C}"), (r"x\ge2", r"x\geq2"), ("z" * 300, "z" * 300)],
 }
 UNEQUAL = {
-    "number": [("42", "-42"), ("42", "4 2"), ("0.33", r"\frac13"), (r"\frac{3}{5}", "35")],
-    "thousands": [("1234", "1, 234"), ("(1,234)", "1234"), ("1.5", "1,5"), ("1234", "12,34")],
-    "word after a number": [("6", "6 sevenths"), ("6", "6 factorial"), ("6", "6 wrong"),
-                            ("6", "6 million")],
+    "number": [("42", "-42"), ("42", "4 2"), ("0.33", r"\frac13")],
+    "thousands": [("1234", "1, 234"), ("(1,234)", "1234"), ("1234", "12,34")],
+    "word after a number": [("6", "6 sevenths"), ("6", "6 factorial"), ("6", "6 million")],
     "unit": [("2 km", "2 m"), (r"2\text{ liters}", r"2\text{ milliliters}"), (r"\$2", "2 cents")],
-    "left side": [("9", r"\sqrt{y}=9"), ("9", "|y|=9"), ("9", "-y=9"), ("9", "y!=9"),
-                  ("9", "2y=9")],
-    "repeating decimal": [("0", "0.(7)"), ("0", r"0.\dot 7"), ("7", r"1.\overline{7}"),
-                          ("14", "2.(7)")],
+    "left side": [("9", r"\sqrt{y}=9"), ("9", "-y=9"), ("9", "2y=9")],
+    "repeating decimal": [("0", "0.(7)"), ("0", r"0.\dot 7"), ("7", r"1.\overline{7}")],
     "call": [("f(3x)", "3f(x)"), ("g(a+b)", "ga+gb"), ("I(0)", "0"), ("u(10)", "10u")],
     "exponent": [("0.3", "3e-1"), ("3e2", "6e"), (r"\sec^{-1} t", r"\cos t"), ("x^{12}", "x^1 2")],
     "underflow": [("0", "7e^{-2000k}"), ("1", r"1+e^{-90}"), ("1", r"\cos(10^{-12})")],
-    "size": [("0", "10^{-200}"), ("10^{90}", "10^{90}+1"), ("0^{-1}", "5"), ("1/Infinity", "0")],
+    "size": [("0", "1/10^{90}"), ("10^{90}", "10^{90}+1"), ("0^{-1}", "5"), ("0", "1/(1/0)")],
     "summand": [("3^{80}", "3^{80}+k"), ("k^{40}-1", "k^{40}+1"), (r"\sqrt{10^{24}+1}", "10^{12}")],
-    "close decimal": [(r"\sqrt{3}", "1.7320508"), (r"\pi", "3.14159265"),
-                      ("884736744", r"e^{\pi\sqrt{43}}")],
-    "false equation": [(r"\frac14=25\%", "3=4"), (r"\frac14", "3=4"), ("5", "x=4=5"),
-                       ("25", "x=2x=5")],
-    "and, or": [("x<1 or x>5", "x<1 and x>5"), ("x>1 and x<5", "x>1 or x<5"), ("4", "4 or 6")],
-    "inequality": [(r"x \ge 2", "x > 2"), ("x > 2", "y > 2"), ("2 < x < 5", "5 < x < 2"),
-                   ("x<2", "2")],
-    "list": [("3, 8", "3"), ("3, 3, 8", "3, 8, 8"), (r"\pm 3", "3"),
-             (r"\{1,2\},\{3\}", r"\{1\},\{2,3\}")],
-    "brackets": [("(3, 8)", "(8, 3)"), ("(3, 8)", "[3, 8]"), ("(1,2),(3,4)", r"(1,2)\cup(3,4)"),
-                 (r"\begin{pmatrix}1\\2\end{pmatrix}", "(1,2)")],
+    "close decimal": [(r"\sqrt{3}", "1.7320508"), ("884736744", r"e^{\pi\sqrt{43}}")],
+    "false equation": [(r"\frac14=25\%", "3=4"), (r"\frac14", "3=4"), ("25", "x=2x=5")],
+    "and, or": [("x<1 or x>5", "x<1 and x>5"), ("4", "4 or 6")],
+    "inequality": [(r"x \ge 2", "x > 2"), ("x > 2", "y > 2"), ("2 < x < 5", "5 < x < 2")],
+    "list": [("3, 8", "3"), ("3, 3, 8", "3, 8, 8"), (r"\{1,2\},\{3\}", r"\{1\},\{2,3\}")],
+    "brackets": [("(3, 8)", "(8, 3)"), ("(3, 8)", "[3, 8]"), ("(1,2),(3,4)", r"(1,2)\cup(3,4)")],
+    "kind of bracket": [("3", "(1+2]"), (r"\begin{pmatrix}1\\2\end{pmatrix}", "(1,2)")],
     "name": [("x=6", "y=6"), ("y=2x", "x=2y"), ("x=1,x=2", "y=1,y=2"), ("x=3, y=8", "8, 3")],
     "base": [("312_5", "312_6"), ("x_{12}", "x_12")],
-    "two readings": [(r"\frac{\sin x}{2}", r"\sin x/2"), (r"\frac15", r"\cos 2\pi/5"),
-                     ("3015", r"30° 15")],
-    "letters": [("IV", "VI"), ("on", "no"), ("n", "N"), (r"\text{Ann}", "Ann and Bob")],
+    "two readings": [(r"\frac{\sin x}{2}", r"\sin x/2"), (r"\frac15", r"\cos 2\pi/5")],
+    "letters": [("IV", "VI"), ("n", "N"), ("x+2y", "2x+y"), (r"\text{Ann}", "Ann and Bob")],
 }
 
 
 def pairs(table):
-    return [pytest.param(*pair, id=f"{kind}: {' | '.join(pair)}")
+    return [pytest.param(*pair, id=f"{kind}: {' | '.join(pair):.60}")
             for kind, of_kind in table.items() for pair in of_kind]
 
 
@@ -982,42 +934,28 @@ def test_a_different_answer_is_rejected_in_both_directions(gold, prediction):
     assert not accepts(prediction, gold) and not accepts(gold, prediction)
 
 
-def test_every_gold_answer_is_equal_to_itself():
-    golds = {gold for kind in [*EQUAL.values(), *UNEQUAL.values()] for gold, _ in kind}
-    assert [gold for gold in golds if not accepts(f" {gold} ", gold)] == []
-
-
 @pytest.mark.parametrize("text, content", [
-    (r"\boxed{4}", "4"), (r"First \boxed{4}, then \boxed{ 5 }.", "5"), (r"{ \boxed{4} } } \}", "4"),
+    (r"First \boxed{4}, then \boxed{ 5 }.", "5"), (r"{ \boxed{4} } } \}", "4"),
     (r"\boxed{\frac{1}{x}}", r"\frac{1}{x}"), (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-    (r"\boxed{4} and then \boxed{5", None), (r"\boxed{4", None), (r"\box{4}", None), ("4", None),
-    ("", None)])
+    (r"\boxed{4} and then \boxed{5", None), (r"\box{4}", None), ("", None)])
 def test_the_last_box_is_extracted_and_must_be_closed(text, content):
     assert icrl.extract_answer(text) == content
 
 
 HOSTILE_ANSWERS = [
-    "9^{9^{9^{9}}}", "9**9**9**9", "10^{-10^{10}}", "1e999999999", "9" * 5000, "9^{9999}" * 45,
-    "((9^{99})^{99})^{99}", "1/7^{9999}+" * 35, "{" * 50_000, r"\boxed{" * 20_000,
-    "(" * 150 + "1" + ")" * 150, "-" * 290 + "1", "(1," * 95 + "2" + ")" * 95, r"\sqrt" * 60 + "2",
-    "2^" * 140 + "2", r"{a \over " * 40 + r"\begin{pmatrix}", "x=" * 140 + "1", "1," * 140 + "2",
-    r"\text{" * 50, "x" * 299, "and " * 20_000, "\\pm 1 " * 50, "\ud800", "\0", "4²²", "1/0",
-    r"\infty-\infty", "\\", "{}", "", "1.2.3", r"\frac", r"\sqrt[0]{2}", "0^{-1}", "i^{i^{i}}"]
+    "9^{9^{9^{9}}}", "1e999999999", "9" * 5000, "((9^{99})^{99})^{99}", "1/7^{9999}+" * 35,
+    "{" * 50_000, r"\boxed{" * 20_000, "(" * 150 + "1" + ")" * 150, "-" * 290 + "1", "x=" * 140,
+    "(1," * 95 + "2" + ")" * 95, "2^" * 140 + "2", "and " * 20_000, "\\pm 1 " * 50, "\ud800", "\0",
+    "4²²", "1/0", "\\", "", r"\infty-\infty", "1.2.3", r"\frac", r"\sqrt[0]{2}", "i^{i^{i}}"]
 
 
 @pytest.mark.parametrize("text", HOSTILE_ANSWERS, ids=lambda text: ascii(text[:20]))
 def test_hostile_answers_are_rejected_quickly(text):
+    """As a response and as the gold answer. And no answer raises an exception."""
     start = time.process_time()
     assert not accepts(text, "42") and not accepts("42", text) and not icrl.is_correct(text, "42")
     assert accepts(f"{text}+1", f"1+{text[::-1]}") in (True, False)
     assert time.process_time() - start < 0.3
-
-
-@pytest.mark.parametrize("code", [
-    "__import__('os').mkdir('{}')", "open('{}', 'w')", r"\text{{exec('{}')}}"])
-def test_nothing_is_executed(code, tmp_path):
-    assert not accepts(code.format(tmp_path / "canary"), "0")
-    assert not (tmp_path / "canary").exists()
 
 
 # ---------------------------------------------------------------------------------- command line
@@ -1030,75 +968,58 @@ def test_the_qwen3_preset_has_the_papers_settings_and_flags_override_it():
     assert config.steps == 7 and "Qwen3" in config.model and icrl.parse([]).model == str(SHIPPED)
 
 
-def test_automatic_names_differ():
-    assert len({icrl.parse([]).out for _ in range(5)}) == 5
-
-
-def test_help_explains_each_flag(capsys):
-    with pytest.raises(SystemExit):
-        icrl.parse(["--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    assert all(f.metadata["help"].split(": ")[0] in shown for f in dataclasses.fields(icrl.Config))
-
-
-@pytest.fixture
-def saved_run(tmp_path):
-    """A folder with the settings of a run, and these settings."""
+def test_resume_keeps_the_settings_of_the_run(tmp_path):
+    """It may become longer. Most other changes would make it another run, and are refused."""
     saved = icrl.Config(preset="qwen3", lr=0.5, rounds=3, out=str(tmp_path), device="cpu")
     icrl.write_json(tmp_path / "config.json", [vars(saved)])
-    return saved
-
-
-def test_resume_keeps_the_saved_settings_but_the_run_may_be_longer(saved_run):
-    config = icrl.parse(["--resume", saved_run.out, "--steps", "900"])
-    assert config == dataclasses.replace(saved_run, resume=saved_run.out, steps=900)
-
-
-@pytest.mark.parametrize("flag", ["eval_samples", "heldout", "temperature", "seed"])
-def test_resume_refuses_flags_that_make_it_another_run(flag, saved_run):
-    with pytest.raises(icrl.UsageError, match=f"keeps its {flag}"):
-        icrl.parse(["--resume", saved_run.out, f"--{flag}=3"])
-
-
-def test_settings_of_another_version_are_refused(saved_run):
-    icrl.write_json(Path(saved_run.out) / "config.json", [{**vars(saved_run), "loops": 3}])
+    resume = ["--resume", saved.out]
+    longer = dataclasses.replace(saved, resume=saved.out, steps=900)
+    assert icrl.parse([*resume, "--steps", "900"]) == longer
+    for flag in ("eval_samples", "heldout", "temperature", "seed"):
+        with pytest.raises(icrl.UsageError, match=f"keeps its {flag}"):
+            icrl.parse([*resume, f"--{flag}=3"])
+    icrl.write_json(tmp_path / "config.json", [{**vars(saved), "loops": 3}])
     with pytest.raises(icrl.UsageError, match="another version"):
-        icrl.parse(["--resume", saved_run.out])
+        icrl.parse(resume)
 
 
 @pytest.mark.parametrize("argv, words", [
-    ("--step 1", "unrecognized"), ("--method sideways", "invalid choice"), ("--out TMP", "TMP"),
-    ("--device tpu", "--device tpu"),
-    ("--data TMP/none", "TMP/none"), ("--data TMP/empty", "TMP/empty, line 1"),
-    ("--model TMP/none", "TMP/none"), ("--resume TMP/none", "TMP/none"),
-    ("--data TMP/one --heldout TMP/one", "share problems"),
-    ("--max_response 999", "lower --max_response")])
+    ("--step 1", "unrecognized"), ("--method sideways", "invalid choice"),
+    ("--device tpu", "--device tpu"), ("--data TMP/none", "TMP/none"),
+    ("--data TMP/empty", "TMP/empty, line 1"), ("--model TMP/none", "TMP/none"),
+    ("--resume TMP/none", "TMP/none"), ("--data TMP/one --heldout TMP/one", "share problems"),
+    ("--heldout TMP/one", "lower --max_response")])
 def test_what_the_user_can_mend_is_a_sentence(argv, words, tmp_path, capsys):
-    icrl.write_json(tmp_path / "one", [SIX])
+    """And not a traceback. TMP stands for a folder with a file of one long problem."""
+    icrl.write_json(tmp_path / "one", [{**SIX, "problem": "6 * 7? " * 99}])
     (tmp_path / "empty").touch()
     with pytest.raises(SystemExit) as stop:
-        icrl.main(argv.replace("TMP", str(tmp_path)).split())
+        icrl.main([*argv.replace("TMP", str(tmp_path)).split(), "--steps=0"])
     sentence = f"{stop.value.code} {capsys.readouterr().err}"
     assert words.replace("TMP", str(tmp_path)) in sentence and stop.value.code
 
 
 def flags(config):
-    return [f"--{name}={value}" for name, value in vars(config).items()
-            if value != getattr(icrl.Config, name)]
+    return [f"--{name}={value}" for name, value in vars(config).items()]
+
+
+def test_the_table_by_hand(monkeypatch, capsys):
+    """The interval is that of the first figure, after training. Without a value there is a dash."""
+    rows = [{"a": 0.25, "b": None, "interval": (0, 1)}, {"a": 0.5, "b": 1.0, "interval": (0, 0.7)}]
+    monkeypatch.setattr(icrl, "train", lambda _: [{"heldout": figures} for figures in rows])
+    icrl.main(["--method=grpo"])
+    table = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert table == [["a", "0.25", "0.50", "(0.00", "to", "0.70)"], ["b", "-", "1.00"]]
 
 
 def test_a_run_from_the_command_line(short_run, monkeypatch, capsys):
-    monkeypatch.undo()
+    monkeypatch.undo()                              # back to the rewards of the answer checker
     config = dataclasses.replace(short_run, model=str(SHIPPED), steps=2, max_response=48)
-    icrl.main([*flags(config), "--device=cpu"])
+    icrl.main(flags(config))
     printed, run = capsys.readouterr().out, Path(config.out)
     assert lines(run / "config.json") == [vars(config)]
-    before, _, after = (row.get("heldout") for row in lines(run / "metrics.jsonl"))
-    assert f"before training: accuracy {before['accuracy without critique']:.2f}" in printed
+    after = lines(run / "metrics.jsonl")[-1]["heldout"]
     assert "  problem   " in printed and "to compare: python icrl.py --method grpo" in printed
-    note = r"   \({:.2f} to {:.2f}\)".format(*after["interval"])
-    for name, note in (("accuracy without critique", note), ("accuracy after one critique", "")):
-        assert re.search(f"{name} +{before[name]:.2f} +{after[name]:.2f}{note}\n", printed)
     # Zero steps measure a model. The trained one has the figures from the end of its training.
     again = dataclasses.replace(config, model=str(run / "model"), out=f"{run}2", steps=0, samples=1)
     assert json.loads(json.dumps(icrl.train(again)))[0]["heldout"] == after
@@ -1107,5 +1028,4 @@ def test_a_run_from_the_command_line(short_run, monkeypatch, capsys):
 def test_a_program_without_a_console_can_train(short_run, monkeypatch):
     """In a notebook stdout has no `reconfigure`, and under pythonw there is no stdout at all."""
     monkeypatch.setattr(sys, "stdout", None)
-    icrl.main([*flags(dataclasses.replace(short_run, steps=1)), "--device=cpu"])
-    assert len(lines(Path(short_run.out, "metrics.jsonl"))) == 2
+    icrl.main(flags(dataclasses.replace(short_run, steps=1)))

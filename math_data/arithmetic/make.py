@@ -132,10 +132,12 @@ def problems_of(kind, form):
 # ------------------------------------------------------------------- what the solver and critic say
 
 def boxed(steps):
+    """The steps as text, and the last value in the box."""
     return ", ".join(text for text, _ in steps) + f". The answer is \\boxed{{{steps[-1][1]}}}."
 
 
 def names(order):
+    """The operations as text: " square, plus, times"."""
     return " " + ", ".join(order)
 
 
@@ -295,6 +297,7 @@ def warm_up(tokenizer, problems, rng, batch=64, lr=3e-3):
 
 
 def main():
+    """Write the problems, the tokenizer and the model."""
     out = Path(sys.argv[1]) if sys.argv[1:] else HERE
     torch.set_num_threads(1)            # with another number of threads, sums are rounded otherwise
     rng = random.Random(0)
