@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import icrl  # noqa: E402
 from arms import ARMS, GENERATE_TURNS, PRIMARY, ROLLOUT, fixed_critique, replaced  # noqa: E402
 
-DRAWN = ["icrl", "grpo_tokens", "frozen", "w_one"]      # in the figure
+DRAWN = ["icrl", "grpo_tokens", "frozen", "w_one", "grpo_seconds"]      # in the figure
 
 
 # ------------------------------------------------------------------------------------ training
@@ -342,7 +342,7 @@ def draw(runs, image):
     from matplotlib import pyplot
     pyplot.style.use("petroff10")
     figure, panels = pyplot.subplots(1, 2, figsize=(12, 4), sharey=True)
-    for panel, axis in zip(panels, ["tokens", "seconds"]):
+    for panel, axis, unit in zip(panels, ["tokens", "seconds"], ["tokens", "CPU seconds"]):
         for arm, of_arm in runs.items():
             grid = np.linspace(0, ends(of_arm, axis).mean(), 101)
             y = curves(of_arm, axis, grid)
@@ -350,7 +350,8 @@ def draw(runs, image):
             half = np.array([half_width(values) for values in y.T])
             panel.plot(grid, mean, label=f"{arm} ({len(y)} runs)")
             panel.fill_between(grid, mean - half, mean + half, alpha=0.2)
-        panel.set(xlim=(0, None), ylim=(0, 1), xlabel=f"{axis} spent in training")
+        panel.set(xlim=(0, None), ylim=(0, 1), xlabel=f"{unit} spent in training")
+        panel.locator_params(axis="x", nbins=5)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("held-out accuracy without critique")
     panels[0].legend(title="mean, 95% interval")
