@@ -18,6 +18,7 @@ gpu   A step of icrl.py with --preset qwen3, for models of Qwen3's shapes with r
 """
 import argparse
 import csv
+import dataclasses
 import random
 import resource
 import statistics
@@ -155,7 +156,7 @@ def against_trl(pairs):
 # ------------------------------------------------------------------------------------------- gpu
 
 def gpu_row(shape, config):
-    """Measure the second of two steps with a model of this shape. Returns a row of gpu.csv."""
+    """Measure a step with a model of this shape. Returns a row of gpu.csv."""
     with torch.device(config.device):               # random weights are faster to draw there
         model = random_model(shape).cpu()
     if config.checkpointing:
@@ -167,8 +168,9 @@ def gpu_row(shape, config):
                      visible_text=lambda tokenizer, prompt, completion: "x" * len(completion))
     try:
         with mock.patch.multiple(icrl, **stand_ins):
-            for _ in range(2):                      # the first one warms up
-                figures = icrl_step(model, optimizer, problems, config)
+            short = dataclasses.replace(config, max_response=80, max_critique=80)
+            icrl_step(model, optimizer, problems[:1], short)        # warms up
+            figures = icrl_step(model, optimizer, problems, config)
     except torch.OutOfMemoryError:
         figures = {"tokens": "out of memory"}
     device = torch.cuda.get_device_name() if config.device == "cuda" else config.device

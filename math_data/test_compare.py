@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("scipy")
 import arms  # noqa: E402
 import compare  # noqa: E402
+import theory  # noqa: E402
 from compare import icrl  # noqa: E402
 
 CONFIG = icrl.parse("--queries 4 --samples 2 --steps 2".split())
@@ -123,7 +124,7 @@ def command(tmp_path):
     lines = open(CONFIG.heldout).readlines()[:30]
     (tmp_path / "heldout.jsonl").write_text("".join(lines))
     return ["run", str(tmp_path / "runs"), "--heldout", str(tmp_path / "heldout.jsonl"),
-            *"--steps 2 --eval_every 1 --queries 4 --samples 2".split()]
+            *"--steps 2 --eval_every 1 --queries 4 --samples 2 --device cpu".split()]
 
 
 def rows_of(tmp_path, arm):
@@ -142,8 +143,9 @@ def test_run_resume_and_report(command, tmp_path, monkeypatch, capsys):
     # The arm icrl trains and is measured as icrl.py does it.
     metrics = icrl.train(icrl.parse([*command[2:-5], "--seed", "5", "--out", f"{tmp_path}/icrl"]))
     assert budget == sum(row.get("tokens", 0) for row in metrics)
-    assert rows[-1]["w_mean"] == str(metrics[-1]["w_mean"] or "")
-    assert float(rows[-1]["accuracy"]) == metrics[-1]["heldout"]["accuracy without critique"]
+    w, accuracy = metrics[-1]["w_mean"], metrics[-1]["heldout"]["accuracy without critique"]
+    assert rows[-1]["w_mean"] == ("" if w is None else str(round(w, 5)))
+    assert rows[-1]["accuracy"] == str(round(accuracy, 5))
     for figure in ("fixed", "tokens per fix"):      # before training both critics are the same
         assert rows[0][f"{figure}, current critic"] == rows[0][f"{figure}, base critic"]
 
@@ -211,3 +213,31 @@ def test_curves_interpolate_and_keep_their_end():
 def test_cells():
     assert compare.cell(np.array([1.0, 2, 3, 4, 5])) == "3.000 ± 1.963"
     assert compare.cell(np.array([1.0, 2, math.nan])) == "1.500"
+
+
+# ------------------------------------------------------------------------------------- theory.py
+
+def test_the_gradient_of_a_revision_in_the_simulation():
+    """By hand: one choice, right with 0.2 alone and 0.8 with help."""
+    logits, help_ = np.array([theory.logit(0.2)]), theory.logit(0.8) - theory.logit(0.2)
+    gradients = {}
+    for seed in range(20):
+        reward, gradient = theory.attempt(logits, help_, np.random.default_rng(seed))
+        gradients[reward] = gradient[0]
+    # w = 0.2 / 0.8 if it is right. If it is wrong, w = 0.8 / 0.2 is capped at 2.
+    assert gradients == {1.0: pytest.approx(0.25 * 0.8), 0.0: pytest.approx(2 * -0.2)}
+
+
+def test_theory_prints_the_runs_beside_the_simulation(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(theory, "train", lambda arm, n, seed: n / 10 + seed / 1000)
+    path, figure = tmp_path / "1.csv", tmp_path / "figure.png"
+    runs = [(arm, seed, right + seed / 100) for arm, right in (("icrl", 0.7), ("frozen", 0.4))
+            for seed in range(4)]
+    lines = ["arm,seed,accuracy where a plan helps", *(f"{a},{s},{right}" for a, s, right in runs)]
+    path.write_text("\n".join(lines))
+    theory.main([str(path), "--figure", str(figure)])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[3:]]
+    assert [row[0] for row in rows] == ["| 1", "| 2", "| 3", "| 4", "| 5"]
+    assert [cell[:6] for cell in rows[0][-3:]] == ["0.715 ", "0.415 ", "+0.300"]
+    assert rows[1][2].startswith("0.20") and len(rows[1]) == 6          # no runs with n = 2
+    assert figure.stat().st_size > 1000

@@ -14,12 +14,23 @@ it is right with p^n. A helpful critique raises p to g. The critic is helpful wi
  5. Training the critic pays if c is small and can grow: here by a habit that all kinds of problems
     share, and that is learnt in easy kinds, where it is paid. And n must be more than one or two.
 
-    python math_data/theory.py      prints accuracy alone after training, for n at equal p^n
+    python math_data/theory.py [1.csv 2.csv 3.csv 4.csv --figure theory.png]
+
+prints the accuracy alone after training, for n at equal p^n. Beside it: the same from real runs,
+if there are CSVs. Those of n choices come from
+
+    python math_data/arithmetic/make.py --choices N --out WORLD
+    python math_data/compare.py run FOLDER --arms icrl frozen --model WORLD/model
+
+Beside requirements.txt, this needs scipy, and matplotlib for the figure.
 """
+import argparse
+
 import numpy as np
+from compare import cell, ends, half_width, print_table, read_runs
 
 KINDS = 8           # each has choices of its own; the first half is hard, the others are easy
-HARD_RIGHT = 0.0003             # p^n before training
+HARD_RIGHT = 0.15**4            # p^n before training, as in arithmetic/make.py
 HARD_C = 0.002                  # how often a critique helps before training
 EASY_RIGHT = 0.1
 EASY_C = 0.3
@@ -101,17 +112,47 @@ def train(arm, n, seed, steps=50):
     return sigmoid(solver[hard]).prod(1).mean()
 
 
-def main():
-    """Print the table: means over seeds, and half the 95% interval of the difference."""
-    print("| n | p | icrl | frozen | grpo | icrl - frozen |\n|---|---|---|---|---|---|")
-    for n in (1, 2, 3, 5):
-        ends = {arm: np.array([train(arm, n, seed) for seed in range(SEEDS)])
+def draw(simulated, real, image):
+    """Draw icrl minus frozen over n. simulated, real: {n: differences of the seeds}."""
+    from matplotlib import pyplot
+    pyplot.style.use("petroff10")
+    figure, panel = pyplot.subplots(figsize=(6, 3.5))
+    for label, gains in {"simulation": simulated, "real runs": real}.items():
+        mean = [gain.mean() for gain in gains.values()]
+        half = [half_width(gain) for gain in gains.values()]
+        panel.errorbar(list(gains), mean, half, marker="o", capsize=4, label=label)
+    panel.set(xlabel="n, the choices that are unlikely alone", ylabel="icrl minus frozen critic",
+              xticks=list(simulated))
+    panel.axhline(0, color="grey", linewidth=0.8)
+    panel.grid(alpha=0.3)
+    panel.legend(title="mean, 95% interval")
+    figure.savefig(image, dpi=110, bbox_inches="tight")
+
+
+def main(argv=None):
+    """Print the table: means over seeds, with half their 95% intervals."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("csv", nargs="*", help="of compare.py: with 1 choice, with 2, and so on")
+    parser.add_argument("--figure", help="draw into this file")
+    args = parser.parse_args(argv)
+    simulated, real, rows = {}, {}, []
+    for n in range(1, 6):
+        arms = {arm: np.array([train(arm, n, seed) for seed in range(SEEDS)])
                 for arm in ("icrl", "frozen", "grpo")}
-        cells = [f"{values.mean():.2f}" for values in ends.values()]
-        gain = ends["icrl"] - ends["frozen"]
-        half = 2.13 * gain.std(ddof=1) / SEEDS**0.5             # Student's t for 16 values
-        print(f"| {n} | {HARD_RIGHT ** (1 / n):.4f} | {' | '.join(cells)} | "
-              f"{gain.mean():+.2f} ± {half:.2f} |", flush=True)
+        simulated[n] = arms["icrl"] - arms["frozen"]
+        cells = [cell(values) for values in arms.values()] + [cell(simulated[n], "+")]
+        if n <= len(args.csv):
+            runs = read_runs(args.csv[n - 1])
+            icrl, frozen = (ends(runs[arm], "accuracy where a plan helps", sorted(runs["frozen"]))
+                            for arm in ("icrl", "frozen"))
+            real[n] = icrl - frozen
+            cells += [cell(icrl), cell(frozen), cell(real[n], "+")]
+        rows.append([str(n), f"{HARD_RIGHT ** (1 / n):.4f}", *cells])
+    head = ["icrl", "frozen", "grpo", "icrl - frozen"]
+    head += [f"{name}, real runs" for name in ("icrl", "frozen", "icrl - frozen") if real]
+    print_table(["n", "p", *head], rows)
+    if args.figure:
+        draw(simulated, real, args.figure)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: MIT
 """Make the files of the default run: the problems, the tokenizer and the base model.
 
-    python math_data/arithmetic/make.py [FOLDER]     # about 5 minutes on one core
+    python math_data/arithmetic/make.py [--out FOLDER] [--choices N]     # 5 minutes on one core
 
-On one machine, it makes the same bytes every time.
+On one machine, it makes the same bytes every time. With --choices 1, 2 or 3 instead of 4, fewer
+words of a plan are unlikely, but a whole plan is as unlikely as before. See theory.py.
 
 The problems are expressions of small integers, such as 2 * (3 * (2 + 4^2) - 9). Each has one right
 order of its operations: from the inside out. There are two kinds of problems.
@@ -25,6 +26,7 @@ The base model knows more than it does. As a solver, it follows a right plan, bu
 As a critic, it knows what is wrong, but seldom says it. Mostly it writes "Read the problem again."
 or another sentence that does not help.
 """
+import argparse
 import json
 import random
 import sys
@@ -60,9 +62,9 @@ LARGEST = 120           # the largest number in a right solution
 HELD_OUT, TRAIN = 30, 150                                     # problems of each form
 
 # How often the base model, unaided, makes each right choice.
-# In a plan problem, each word of the plan is a choice. In a value problem there are three choices:
-# to name the right way, to follow it, and to finish.
-CARE = {"plan": 0.15, "value": 0.4}
+# In a plan problem, each word of the plan is a choice, but for the last, which is left over. In a
+# value problem there are three choices: to name the right way, to follow it, and to finish.
+CARE = {"plan": [0.15] * 4 + [1.0], "value": 0.4}
 GUESS = 0.3             # how often a solver that misses the right way guesses a value
 OPENS = {"plan": 0.002, "value": 0.3}    # how often the base critic says what is wrong
 KNOWS = 0.8             # how often the order that it then names is right
@@ -158,7 +160,7 @@ def own_plan(rng, problem, given=0):
     """
     left, order = list(problem["written"]), []
     for place, word in enumerate(problem["form"]):
-        right = place < given or rng.random() < CARE["plan"]
+        right = place < given or rng.random() < CARE["plan"][place]
         order.append(word if right and word in left else left[0])
         left.remove(order[-1])
     return order
@@ -298,7 +300,13 @@ def warm_up(tokenizer, problems, rng, batch=64, lr=3e-3):
 
 def main():
     """Write the problems, the tokenizer and the model."""
-    out = Path(sys.argv[1]) if sys.argv[1:] else HERE
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--choices", type=int, default=4, choices=(1, 2, 3, 4),
+                        help="so many words of a plan are unlikely alone, with the same product")
+    args = parser.parse_args()
+    out, choices = args.out, args.choices
+    CARE["plan"] = [0.15 ** (4 / choices)] * choices + [1.0] * (5 - choices)
     torch.set_num_threads(1)            # with another number of threads, sums are rounded otherwise
     rng = random.Random(0)
     out.mkdir(exist_ok=True)
