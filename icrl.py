@@ -94,7 +94,7 @@ class Config:
 
 
 # Paper: the settings of qwen3 are the paper's, except for the lengths (2048 and 1024 there) and
-# the number of steps (300 there). With the values here, a run takes one night.
+# the number of steps (300 there). With the values here, a run takes hours, not days.
 PRESETS = {"tiny": {}, "qwen3": dict(
     model="Qwen/Qwen3-4B-Instruct-2507", lr=1e-6, steps=100, max_response=1024, max_critique=512,
     bf16=True, checkpointing=True, sample_batch=32, micro_tokens=4096, eval_every=10)}

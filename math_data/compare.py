@@ -38,7 +38,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import icrl  # noqa: E402
 from arms import ARMS, GENERATE_TURNS, PRIMARY, ROLLOUT, fixed_critique, replaced  # noqa: E402
 
-DRAWN = ["icrl", "grpo_tokens", "frozen", "w_one", "grpo_seconds"]      # in the figure
+# In the figure: the arms and their labels.
+DRAWN = {"icrl": "ICRL", "grpo_tokens": "GRPO, equal tokens", "frozen": "critic is not trained",
+         "w_one": "w = 1", "grpo_seconds": "GRPO, equal CPU seconds"}
 
 
 # ------------------------------------------------------------------------------------ training
@@ -353,14 +355,14 @@ def draw(runs, image):
             y = curves(of_arm, axis, grid)
             mean = y.mean(0)
             half = np.array([half_width(values) for values in y.T])
-            panel.plot(grid, mean, label=f"{arm} ({len(y)} runs)")
+            panel.plot(grid, mean, label=f"{DRAWN[arm]} ({len(y)} runs)")
             panel.fill_between(grid, mean - half, mean + half, alpha=0.2)
         panel.set(xlim=(0, None), ylim=(0, 1), xlabel=f"{unit} spent in training")
         panel.locator_params(axis="x", nbins=5)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("held-out accuracy without critique")
     panels[0].legend(title="mean, 95% interval")
-    figure.savefig(image, dpi=150, bbox_inches="tight")
+    figure.savefig(image, dpi=110, bbox_inches="tight")
 
 
 # -------------------------------------------------------------------------------- command line
