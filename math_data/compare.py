@@ -348,7 +348,7 @@ def draw(runs, image):
     """Draw accuracy over tokens and over CPU seconds, with 95% intervals over runs."""
     from matplotlib import pyplot
     pyplot.style.use("petroff10")
-    figure, panels = pyplot.subplots(1, 2, figsize=(12, 4), sharey=True)
+    figure, panels = pyplot.subplots(1, 2, figsize=(12, 4.5), sharey=True, layout="constrained")
     for panel, axis, unit in zip(panels, ["tokens", "seconds"], ["tokens", "CPU seconds"]):
         for arm, of_arm in runs.items():
             grid = np.linspace(0, ends(of_arm, axis).mean(), 101)
@@ -361,8 +361,9 @@ def draw(runs, image):
         panel.locator_params(axis="x", nbins=5)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("held-out accuracy without critique")
-    panels[0].legend(title="mean, 95% interval")
-    figure.savefig(image, dpi=110, bbox_inches="tight")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3,
+                  title="mean and 95% interval")
+    figure.savefig(image, dpi=110)
 
 
 # -------------------------------------------------------------------------------- command line

@@ -229,15 +229,16 @@ def test_the_gradient_of_a_revision_in_the_simulation():
 
 
 def test_theory_prints_the_runs_beside_the_simulation(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(theory, "train", lambda arm, n, seed: n / 10 + seed / 1000)
+    monkeypatch.setattr(theory, "train", lambda arm, n, seed, own_scale: n / 10 + own_scale / 100)
     path, figure = tmp_path / "1.csv", tmp_path / "figure.png"
-    runs = [(arm, seed, right + seed / 100) for arm, right in (("icrl", 0.7), ("frozen", 0.4))
-            for seed in range(4)]
-    lines = ["arm,seed,accuracy where a plan helps", *(f"{a},{s},{right}" for a, s, right in runs)]
+    lines = ["arm,seed,accuracy where a plan helps"]
+    for seed in range(4):
+        lines += [f"icrl,{seed},{0.7 + seed / 100}", f"frozen,{seed},{0.4 + seed / 100}"]
     path.write_text("\n".join(lines))
     theory.main([str(path), "--figure", str(figure)])
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[3:]]
-    assert [row[0] for row in rows] == ["| 1", "| 2", "| 3", "| 4", "| 5"]
-    assert [cell[:6] for cell in rows[0][-3:]] == ["0.715 ", "0.415 ", "+0.300"]
-    assert rows[1][2].startswith("0.20") and len(rows[1]) == 6          # no runs with n = 2
+    assert [row[0][2:] for row in rows] == list("11122334455")
+    assert rows[2][1] == "runs"
+    assert [text[:6] for text in rows[2][2:]] == ["0.715 ", "0.415 ", "+0.300"]
+    assert rows[4][1:3] == ["simulation, own scales", "0.210 ± 0.000"]
     assert figure.stat().st_size > 1000

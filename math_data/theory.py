@@ -16,8 +16,8 @@ it is right with p^n. A helpful critique raises p to g. The critic is helpful wi
 
     python math_data/theory.py [1.csv 2.csv 3.csv 4.csv --figure theory.png]
 
-prints the accuracy alone after training, for n at equal p^n. Beside it: the same from real runs,
-if there are CSVs. Those of n choices come from
+prints the accuracy alone after training, for n at equal p^n. If there are CSVs of real runs, it
+prints the same from them. The CSV of n choices comes from
 
     python math_data/arithmetic/make.py --choices N --out WORLD
     python math_data/compare.py run FOLDER --arms icrl frozen --model WORLD/model
@@ -25,6 +25,7 @@ if there are CSVs. Those of n choices come from
 Beside requirements.txt, this needs scipy, and matplotlib for the figure.
 """
 import argparse
+from collections import defaultdict
 
 import numpy as np
 from compare import cell, ends, half_width, print_table, read_runs
@@ -69,9 +70,11 @@ def attempt(logits, help_, rng):
     return 1.0, gradient / len(logits)
 
 
-def train(arm, n, seed, steps=50):
-    """Train with an arm ("icrl", "frozen" or "grpo"), n choices a problem.
+def train(arm, n, seed, own_scale=False, steps=50):
+    """Train with a trained critic (arm "icrl") or a frozen one ("frozen"), n choices a problem.
 
+    own_scale: whether Adam divides the gradient of each logit by its own size. In a network the
+    logits share weights, so by default it divides all of them by their common size.
     Returns the accuracy without critique on hard kinds at the end.
     """
     rng = np.random.default_rng(seed)
@@ -82,15 +85,14 @@ def train(arm, n, seed, steps=50):
     critic = np.append(logit(np.where(hard, HARD_C, EASY_C)), 0.0)    # the last one is shared
     frozen = critic.copy()
     weights = [solver, critic]
-    first, second = [np.zeros_like(x) for x in weights], 0.0    # Adam's moments
-    samples = SAMPLES * 2 if arm == "grpo" else SAMPLES
+    first, second = ([np.zeros_like(x) for x in weights] for _ in range(2))     # Adam's moments
     for step in range(1, steps + 1):
         gradients = [np.zeros_like(x) for x in weights]
         for kind in rng.integers(KINDS, size=QUERIES):
             attempts, critiques = [], []
-            for _ in range(samples):
+            for _ in range(SAMPLES):
                 attempts.append(attempt(solver[kind], 0.0, rng))
-                if attempts[-1][0] == 1 or arm == "grpo":
+                if attempts[-1][0] == 1:
                     continue
                 logits = frozen if arm == "frozen" else critic
                 helps = sigmoid(logits[kind] + logits[-1])
@@ -102,57 +104,64 @@ def train(arm, n, seed, steps=50):
             if arm == "icrl" and len(critiques) > 1:
                 for A, (_, gradient) in zip(advantages([r for r, _ in critiques]), critiques):
                     gradients[1][[kind, -1]] += A * gradient
-        # Adam, with one scale for all logits, because the weights of a network are shared.
-        second = 0.98 * second + 0.02 * np.mean([np.mean(x**2) for x in gradients])
-        scale = np.sqrt(second / (1 - 0.98**step)) + 1e-9
-        for x, moment, gradient in zip(weights, first, gradients):
+        second = [0.98 * v + 0.02 * x**2 for v, x in zip(second, gradients)]
+        common = np.mean([v.mean() for v in second])
+        for x, moment, v, gradient in zip(weights, first, second, gradients):
             moment *= 0.9
             moment += 0.1 * gradient
+            scale = np.sqrt((v if own_scale else common) / (1 - 0.98**step)) + 1e-9
             x += LEARNING_RATE * moment / (1 - 0.9**step) / scale
     return sigmoid(solver[hard]).prod(1).mean()
 
 
-def draw(simulated, real, image):
-    """Draw icrl minus frozen over n. simulated, real: {n: differences of the seeds}."""
+def draw(gains, image):
+    """Draw icrl minus frozen over n. gains: {label: {n: differences of the seeds}}."""
     from matplotlib import pyplot
     pyplot.style.use("petroff10")
     figure, panel = pyplot.subplots(figsize=(6, 3.5))
-    for label, gains in {"simulation": simulated, "real runs": real}.items():
-        mean = [gain.mean() for gain in gains.values()]
-        half = [half_width(gain) for gain in gains.values()]
-        panel.errorbar(list(gains), mean, half, marker="o", capsize=4, label=label)
+    for label, by_n in gains.items():
+        mean = [gain.mean() for gain in by_n.values()]
+        half = [half_width(gain) for gain in by_n.values()]
+        panel.errorbar(list(by_n), mean, half, marker="o", capsize=4, label=label)
     panel.set(xlabel="n, the choices that are unlikely alone", ylabel="icrl minus frozen critic",
-              xticks=list(simulated))
+              xticks=range(1, 6))
     panel.axhline(0, color="grey", linewidth=0.8)
     panel.grid(alpha=0.3)
     panel.legend(title="mean, 95% interval")
     figure.savefig(image, dpi=110, bbox_inches="tight")
 
 
+def simulated(n, own_scale):
+    """The accuracies of icrl and of frozen after training: two arrays, over seeds."""
+    return [np.array([train(arm, n, seed, own_scale) for seed in range(SEEDS)])
+            for arm in ("icrl", "frozen")]
+
+
+def measured(path):
+    """The same for plan problems, from a CSV of compare.py."""
+    runs = read_runs(path)
+    seeds = sorted(runs["frozen"])
+    return [ends(runs[arm], "accuracy where a plan helps", seeds) for arm in ("icrl", "frozen")]
+
+
 def main(argv=None):
-    """Print the table: means over seeds, with half their 95% intervals."""
+    """Print the means of icrl, of frozen and of their difference, with half the 95% intervals."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("csv", nargs="*", help="of compare.py: with 1 choice, with 2, and so on")
     parser.add_argument("--figure", help="draw into this file")
     args = parser.parse_args(argv)
-    simulated, real, rows = {}, {}, []
+    gains, rows = defaultdict(dict), []
     for n in range(1, 6):
-        arms = {arm: np.array([train(arm, n, seed) for seed in range(SEEDS)])
-                for arm in ("icrl", "frozen", "grpo")}
-        simulated[n] = arms["icrl"] - arms["frozen"]
-        cells = [cell(values) for values in arms.values()] + [cell(simulated[n], "+")]
+        pairs = {"simulation, common scale": simulated(n, False),
+                 "simulation, own scales": simulated(n, True)}
         if n <= len(args.csv):
-            runs = read_runs(args.csv[n - 1])
-            icrl, frozen = (ends(runs[arm], "accuracy where a plan helps", sorted(runs["frozen"]))
-                            for arm in ("icrl", "frozen"))
-            real[n] = icrl - frozen
-            cells += [cell(icrl), cell(frozen), cell(real[n], "+")]
-        rows.append([str(n), f"{HARD_RIGHT ** (1 / n):.4f}", *cells])
-    head = ["icrl", "frozen", "grpo", "icrl - frozen"]
-    head += [f"{name}, real runs" for name in ("icrl", "frozen", "icrl - frozen") if real]
-    print_table(["n", "p", *head], rows)
+            pairs["runs"] = measured(args.csv[n - 1])
+        for label, (icrl, frozen) in pairs.items():
+            gains[label][n] = icrl - frozen
+            rows.append([str(n), label, cell(icrl), cell(frozen), cell(icrl - frozen, "+")])
+    print_table(["n", "", "icrl", "frozen", "icrl minus frozen"], rows)
     if args.figure:
-        draw(simulated, real, args.figure)
+        draw(gains, args.figure)
 
 
 if __name__ == "__main__":
