@@ -118,7 +118,7 @@ def draw(gains, image):
     """Draw icrl minus frozen over n. gains: {label: {n: differences of the seeds}}."""
     from matplotlib import pyplot
     pyplot.style.use("petroff10")
-    figure, panel = pyplot.subplots(figsize=(6, 3.5))
+    figure, panel = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for label, by_n in gains.items():
         mean = [gain.mean() for gain in by_n.values()]
         half = [half_width(gain) for gain in by_n.values()]
@@ -127,8 +127,8 @@ def draw(gains, image):
               xticks=range(1, 6))
     panel.axhline(0, color="grey", linewidth=0.8)
     panel.grid(alpha=0.3)
-    panel.legend(title="mean, 95% interval")
-    figure.savefig(image, dpi=110, bbox_inches="tight")
+    figure.legend(loc="outside upper center", ncols=3, title="mean and 95% interval")
+    figure.savefig(image, dpi=90)
 
 
 def simulated(n, own_scale):
