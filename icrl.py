@@ -580,7 +580,8 @@ UNFIT = {"zamba2", "nemotron_h", "recurrent_gemma"}
 def load_model(name, config):
     """Load a Hugging Face checkpoint: (model, tokenizer). The model is float32, in CPU memory.
 
-    Raises UsageError for a model with which sampling or training would go wrong.
+    Raises UsageError for a model with which sampling or training would go wrong. It does not see
+    that Phi-3 changes its positions beyond its original context.
     """
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     model, report = transformers.AutoModelForCausalLM.from_pretrained(

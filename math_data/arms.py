@@ -96,7 +96,11 @@ def official_advantages(rewards, groups, delta=1e-6):
 
 
 def boxed_answer_only(problem, attempt):
-    """In place of critic_prompt: the critic sees the answer in the box, but not the way to it."""
+    """In place of critic_prompt: the critic sees the answer in the box, but not the way to it.
+
+    It needs a base model whose critic was trained for that. To make one, assign this function to
+    icrl.critic_prompt, and call main() of arithmetic/make.py.
+    """
     answer = icrl.extract_answer(attempt)
     return CRITIC_PROMPT(problem, rf"\boxed{{{answer}}}" if answer else "")
 

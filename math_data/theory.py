@@ -12,7 +12,7 @@ it is right with p^n. A helpful critique raises p to g. The critic is helpful wi
  4. Adam and Eq. 5 forget the size of a gradient. Its absence matters. So a frozen critic does as
     well as a trained one if it helps a few times a step, or if luck is enough (large p^n).
  5. Training the critic pays if c is small and can grow: here by a habit that all kinds of problems
-    share, and that is learnt in easy kinds, where it is paid. And n must be more than one or two.
+    share, and that is learnt in easy kinds, where it is paid. And n must be more than one.
 
     python math_data/theory.py [1.csv 2.csv 3.csv 4.csv --figure theory.png]
 
