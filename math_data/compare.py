@@ -363,7 +363,7 @@ def draw(runs, image):
     panels[0].set_ylabel("held-out accuracy without critique")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3,
                   title="mean and 95% interval")
-    figure.savefig(image, dpi=110)
+    figure.savefig(image, dpi=90)
 
 
 # -------------------------------------------------------------------------------- command line
