@@ -10,7 +10,8 @@ trl   A step of GRPO, by icrl.py and by TRL's GRPOTrainer with plain `generate`.
       same range. Each token ends its completion with a chance of 1.3%, so that lengths differ;
       256 is the limit. Micro-batches of both sides hold 8 completions of full length. The sides
       take turns. What counts is CPU seconds of one thread for each sampled token. What else TRL
-      does in a step, such as the entropies that it logs, counts as its update.
+      does in a step, such as the entropies that it logs, counts as its update. A row for each step
+      is added to results/trl.csv.
 gpu   A step of icrl.py with --preset qwen3, for models of Qwen3's shapes with random weights:
       nothing is downloaded. No attempt is right, every completion has full length, and no group
       is flat. A real step is shorter. A row for each shape is added to results/gpu.csv. On a CPU
@@ -66,6 +67,15 @@ def mark(device):
     peak = torch.cuda.max_memory_allocated() / 1e9
     torch.cuda.reset_peak_memory_stats()
     return time.perf_counter(), peak
+
+
+def add_row(name, row):
+    """Add a row (a dict) to a CSV in results/."""
+    with open(HERE / "results" / name, "a", newline="") as file:
+        writer = csv.DictWriter(file, row, lineterminator="\n")
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def icrl_step(model, optimizer, problems, config):
@@ -130,27 +140,27 @@ def against_trl(pairs):
     config = icrl.Config(method="grpo", device="cpu", samples=8, max_response=256,
                          micro_tokens=micro * 300)
     problems = icrl.load_problems(config.data)[:8]
-    ratios = []
+    rows = []
     for pair in range(pairs + 1):
         model = ragged_model()
         torch.manual_seed(pair)
         with mock.patch.object(icrl, "outcome_reward", lambda *_: random.random()):
             ours = icrl_step(model, icrl.make_optimizer(model, config), problems, config)
         theirs = trl_step(problems, config, micro, pair)
-        for name, row in (("icrl.py", ours), ("TRL", theirs)):
-            for part in ("sampling", "update"):
-                row[part] = 1e3 * row[f"{part}_s"] / row["tokens"]
-            row["step"] = row["sampling"] + row["update"]
-            print(f"{name:8} CPU ms for each of {row['tokens']} tokens: {row['step']:.2f} = "
-                  f"sampling {row['sampling']:.2f} + update {row['update']:.2f}", flush=True)
-        if pair > 0:                                # the first one warms up
-            parts = ("sampling", "update", "step")
-            ratios.append({part: ours[part] / theirs[part] for part in parts})
+        for program, figures in (("icrl.py", ours), ("TRL", theirs)):
+            row = {"pair": pair, "program": program, "tokens": figures["tokens"]}
+            for part in ("sampling", "update"):     # CPU milliseconds for each token
+                row[part] = round(1e3 * figures[f"{part}_s"] / row["tokens"], 4)
+            row["step"] = round(row["sampling"] + row["update"], 4)
+            print(row, flush=True)
+            if pair > 0:                            # the first pair warms up
+                rows.append(row)
+                add_row("trl.csv", row)
     print("\nicrl.py / TRL, median and range over the pairs")
-    for part in ratios[0]:
-        of_part = [ratio[part] for ratio in ratios]
-        print(f"{part:10} {statistics.median(of_part):.2f}"
-              f"   ({min(of_part):.2f} to {max(of_part):.2f})")
+    for part in ("sampling", "update", "step"):
+        ratios = [ours[part] / theirs[part] for ours, theirs in zip(rows[::2], rows[1::2])]
+        print(f"{part:10} {statistics.median(ratios):.2f}"
+              f"   ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
 # ------------------------------------------------------------------------------------------- gpu
@@ -186,11 +196,7 @@ def on_gpu(shapes, config):
     for shape in shapes:
         row = gpu_row(shape, config)
         print(row, flush=True)
-        with open(HERE / "results/gpu.csv", "a", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row)
+        add_row("gpu.csv", row)
 
 
 def main(argv=None):
