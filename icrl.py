@@ -94,11 +94,11 @@ class Config:
 
 
 # Paper: the settings of qwen3 are the paper's, except for the lengths (2048 and 1024 there) and
-# the number of steps (300 there). With the values here, a run takes hours, not days.
+# the number of steps (300 there). So a run has at most a sixth of the paper's tokens.
 PRESETS = {"tiny": {}, "qwen3": dict(
     model="Qwen/Qwen3-4B-Instruct-2507", lr=1e-6, steps=100, max_response=1024, max_critique=512,
     bf16=True, checkpointing=True, sample_batch=32, micro_tokens=4096, eval_every=10)}
-# What --resume may change. (Another batch size or device changes the last digits.)
+# What --resume may change. (With another sample_batch or device, other samples are drawn.)
 MAY_CHANGE = {"resume", "device", "steps", "sample_batch", "micro_tokens", "eval_every"}
 
 

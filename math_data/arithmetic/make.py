@@ -61,10 +61,19 @@ WORDS = ["plus", "minus", "times", "double", "square"]
 LARGEST = 120           # the largest number in a right solution
 HELD_OUT, TRAIN = 30, 150                                     # problems of each form
 
-# How often the base model, unaided, makes each right choice.
-# In a plan problem, each word of the plan is a choice, but for the last, which is left over. In a
-# value problem there are three choices: to name the right way, to follow it, and to finish.
-CARE = {"plan": [0.15] * 4 + [1.0], "value": 0.4}
+
+def plan_care(choices):
+    """How often the base model, unaided, names each of the five words of a plan rightly.
+
+    The last word is left over. Of the others, so many are unlikely; their product is always 0.15^4.
+    """
+    return [0.15 ** (4 / choices)] * choices + [1.0] * (5 - choices)
+
+
+# How often the base model, unaided, makes each right choice. In a plan problem, a choice is a word
+# of the plan. In a value problem there are three choices: to name the right way, to follow it, and
+# to finish.
+CARE = {"plan": plan_care(4), "value": 0.4}
 GUESS = 0.3             # how often a solver that misses the right way guesses a value
 OPENS = {"plan": 0.002, "value": 0.3}    # how often the base critic says what is wrong
 KNOWS = 0.8             # how often the order that it then names is right
@@ -305,8 +314,8 @@ def main():
     parser.add_argument("--choices", type=int, default=4, choices=(1, 2, 3, 4),
                         help="so many words of a plan are unlikely alone, with the same product")
     args = parser.parse_args()
-    out, choices = args.out, args.choices
-    CARE["plan"] = [0.15 ** (4 / choices)] * choices + [1.0] * (5 - choices)
+    out = args.out
+    CARE["plan"] = plan_care(args.choices)
     torch.set_num_threads(1)            # with another number of threads, sums are rounded otherwise
     rng = random.Random(0)
     out.mkdir(exist_ok=True)
